@@ -1,0 +1,46 @@
+"""Fused Fisher information kernels for PyTorch: from logits, hidden states and activations."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from fisherkern.backends import BackendUnavailableError, available, backend
+from fisherkern.ops.softmax_fisher import (
+    SoftmaxFisherSample,
+    SoftmaxFisherStats,
+    softmax_fisher_diagonal,
+    softmax_fisher_gradient,
+    softmax_fisher_gradient_,
+    softmax_fisher_matvec,
+    softmax_fisher_mean_probs,
+    softmax_fisher_quadratic,
+    softmax_fisher_sample,
+    softmax_fisher_sample_,
+    softmax_fisher_sqrt_matvec,
+    softmax_fisher_sqrt_rmatvec,
+    softmax_fisher_stats,
+    softmax_fisher_trace,
+)
+
+try:
+    __version__ = version("fisherkern")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "BackendUnavailableError",
+    "SoftmaxFisherSample",
+    "SoftmaxFisherStats",
+    "available",
+    "backend",
+    "softmax_fisher_diagonal",
+    "softmax_fisher_gradient",
+    "softmax_fisher_gradient_",
+    "softmax_fisher_matvec",
+    "softmax_fisher_mean_probs",
+    "softmax_fisher_quadratic",
+    "softmax_fisher_sample",
+    "softmax_fisher_sample_",
+    "softmax_fisher_sqrt_matvec",
+    "softmax_fisher_sqrt_rmatvec",
+    "softmax_fisher_stats",
+    "softmax_fisher_trace",
+]

@@ -1,0 +1,203 @@
+"""Every argument check and its message, in one place.
+
+A message names the argument, what it was and what is allowed. Checks here read metadata only, so
+they run under ``torch.compile`` and never synchronise a GPU; the checks that must read values live
+inside the ops that need them (:mod:`fisherkern.ops._values`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(list(tensor.shape))
+
+
+def tensor(name: str, value: object) -> Tensor:
+    """`value` itself, which must be a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, not {type(value).__name__}")
+    return value
+
+
+def logits(value: object, name: str = "logits") -> Tensor:
+    """Floating-point tensor [..., V] with at least the class dimension."""
+    z = tensor(name, value)
+    if z.dtype not in FLOATING:
+        raise TypeError(f"{name} has dtype {z.dtype}; allowed are {_names(FLOATING)}")
+    if z.ndim == 0:
+        raise ValueError(f"{name} is a scalar; expected [..., V] with a class dimension")
+    if z.layout != torch.strided:
+        raise TypeError(f"{name} has layout {z.layout}; only dense (torch.strided) is supported")
+    return z
+
+
+def classes(z: Tensor, purpose: str) -> None:
+    """There must be at least one class."""
+    if z.shape[-1] == 0:
+        raise ValueError(f"logits has shape {_shape(z)}, no classes; {purpose} needs V >= 1")
+
+
+def same_device_and_dtype(name: str, value: Tensor, z: Tensor) -> None:
+    """A row operand shares the dtype and device of the logits."""
+    device(name, value, z)
+    if value.dtype != z.dtype:
+        raise TypeError(f"{name} has dtype {value.dtype}; expected that of logits, {z.dtype}")
+
+
+def device(name: str, value: Tensor, z: Tensor) -> None:
+    """Same device as the logits."""
+    if value.device != z.device:
+        raise ValueError(f"{name} is on {value.device}; expected the device of logits, {z.device}")
+
+
+def rows(name: str, value: object, z: Tensor) -> Tensor:
+    """A tensor of the shape of the logits, or [V] for all tokens alike (expanded, not copied)."""
+    v = tensor(name, value)
+    same_device_and_dtype(name, v, z)
+    if v.shape != z.shape and v.shape != z.shape[-1:]:
+        raise ValueError(
+            f"{name} has shape {_shape(v)}; expected {_shape(z)} (the shape of logits) "
+            f"or [{z.shape[-1]}]"
+        )
+    return v.expand(z.shape)
+
+
+def directions(name: str, value: object, z: Tensor) -> Tensor:
+    """Like `rows`, or K directions [..., K, V] for logits [..., V]."""
+    v = tensor(name, value)
+    if v.ndim != z.ndim + 1:
+        return rows(name, v, z)
+    same_device_and_dtype(name, v, z)
+    if v.shape[:-2] != z.shape[:-1] or v.shape[-1] != z.shape[-1]:
+        lead = [str(n) for n in z.shape[:-1]]
+        raise ValueError(
+            f"{name} has shape {_shape(v)}; expected {_shape(z)} (the shape of logits), "
+            f"[{z.shape[-1]}], or [{', '.join([*lead, 'K', str(z.shape[-1])])}] for K directions"
+        )
+    return v
+
+
+def temperature(value: object) -> float:
+    """A finite number above zero."""
+    if isinstance(value, Tensor):
+        raise TypeError("temperature is a tensor; expected a Python number > 0")
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"temperature has type {type(value).__name__}; expected a number > 0")
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"temperature is {value}; allowed are finite numbers > 0")
+    return float(value)
+
+
+def reduction(value: object, allowed: Sequence[str]) -> str:
+    """One of the reductions the op knows."""
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"reduction is {value!r}; allowed are {', '.join(map(repr, allowed))}")
+    return value
+
+
+def _per_token(name: str, value: Tensor, z: Tensor) -> None:
+    device(name, value, z)
+    if value.shape != z.shape[:-1]:
+        raise ValueError(
+            f"{name} has shape {_shape(value)}; expected {_shape(z[..., 0])}, the leading shape of "
+            f"logits {_shape(z)}"
+            if z.shape[-1]
+            else f"{name} has shape {_shape(value)}; expected {list(z.shape[:-1])}"
+        )
+
+
+def mask_or_weights(mask: object, weights: object, z: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """A bool mask or float weights over the tokens, not both; the weights not differentiable."""
+    if mask is not None and weights is not None:
+        raise ValueError("mask and weights were both given; pass one (a mask is weights of 0 and 1)")
+    m = w = None
+    if mask is not None:
+        m = tensor("mask", mask)
+        if m.dtype != torch.bool:
+            raise TypeError(f"mask has dtype {m.dtype}; allowed is bool (True = token counts)")
+        _per_token("mask", m, z)
+    if weights is not None:
+        w = tensor("weights", weights)
+        if w.dtype not in FLOATING:
+            raise TypeError(f"weights has dtype {w.dtype}; allowed are {_names(FLOATING)}")
+        if w.requires_grad:
+            raise ValueError("weights requires grad; ops do not differentiate it: pass a detached one")
+        _per_token("weights", w, z)
+    return m, w
+
+
+def logsumexp(value: object, z: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The logsumexp of logits / temperature, per token, in the accumulation dtype."""
+    if value is None:
+        return None
+    lse = tensor("logsumexp", value)
+    if lse.dtype != dtype:
+        raise TypeError(
+            f"logsumexp has dtype {lse.dtype}; expected {dtype} for {z.dtype} logits "
+            f"(narrower types lose the probabilities)"
+        )
+    _per_token("logsumexp", lse, z)
+    return lse.detach()
+
+
+def labels(value: object, z: Tensor) -> Tensor:
+    """int64 class indices, one per token."""
+    y = tensor("labels", value)
+    if y.dtype != torch.int64:
+        raise TypeError(f"labels has dtype {y.dtype}; allowed is int64")
+    _per_token("labels", y, z)
+    return y
+
+
+def integer(name: str, value: object) -> int:
+    """A Python int."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} has type {type(value).__name__}; expected an int")
+    return value
+
+
+def out(value: object, shape: Sequence[int], dtype: torch.dtype, inputs: dict[str, Tensor]) -> Tensor:
+    """A destination of exactly this shape and dtype that neither input nor itself overlaps."""
+    o = tensor("out", value)
+    z = inputs["logits"]
+    if list(o.shape) != list(shape):
+        raise ValueError(f"out has shape {_shape(o)}; expected {list(shape)}")
+    if o.dtype != dtype:
+        raise TypeError(f"out has dtype {o.dtype}; expected {dtype}")
+    device("out", o, z)
+    if o.requires_grad or any(t.requires_grad for t in inputs.values()) and torch.is_grad_enabled():
+        raise ValueError("out= does not support autograd: an argument requires grad")
+    return o
+
+
+def generator(value: object, z: Tensor) -> torch.Generator | None:
+    """A torch.Generator of the device of the logits, or None for the default one."""
+    if value is None:
+        return None
+    if not isinstance(value, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator or None, not {type(value).__name__}")
+    if value.device.type != z.device.type:
+        raise ValueError(f"generator is on {value.device}; expected the device of logits, {z.device}")
+    return value
+
+
+def overwritable(value: object) -> Tensor:
+    """Logits that an in-place op may write over."""
+    z = logits(value)
+    if z.requires_grad and torch.is_grad_enabled():
+        raise ValueError("logits requires grad; an in-place op cannot write over it: detach it first")
+    if any(size > 1 and step == 0 for size, step in zip(z.shape, z.stride(), strict=True)):
+        raise ValueError(f"logits has strides {z.stride()}: its elements share memory; clone it first")
+    return z

@@ -1,0 +1,209 @@
+"""The reference back end: :mod:`fisherkern.reference` behind the calling convention of kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fisherkern import reference
+
+
+def _per_token(logits: Tensor, value: Tensor | None) -> Tensor | None:
+    return None if value is None else value.view(logits.shape[:2])
+
+
+def _common(
+    logits: Tensor, weights: Tensor | None, logsumexp: Tensor | None, temperature: float
+) -> dict:
+    return {
+        "weights": _per_token(logits, weights),
+        "logsumexp": _per_token(logits, logsumexp),
+        "temperature": temperature,
+    }
+
+
+def softmax_fisher_matvec(
+    logits: Tensor,
+    v: Tensor,
+    weights: Tensor | None,
+    logsumexp: Tensor | None,
+    temperature: float,
+    out: Tensor,
+) -> None:
+    """out [B, S, V] = w F v."""
+    common = _common(logits, weights, logsumexp, temperature)
+    out.copy_(reference.softmax_fisher_matvec(logits, v, **common))
+
+
+def softmax_fisher_matvec_backward(
+    logits: Tensor,
+    v: Tensor,
+    grad: Tensor,
+    weights: Tensor | None,
+    logsumexp: Tensor | None,
+    temperature: float,
+    out: Tensor,
+) -> None:
+    """out [B, S, V] = ∂⟨grad, w F v⟩/∂z."""
+    common = _common(logits, weights, logsumexp, temperature)
+    out.copy_(reference.softmax_fisher_matvec_backward(logits, v, grad, **common))
+
+
+def softmax_fisher_sqrt_matvec(
+    logits: Tensor,
+    v: Tensor,
+    weights: Tensor | None,
+    logsumexp: Tensor | None,
+    temperature: float,
+    out: Tensor,
+) -> None:
+    """out [B, S, V] = w L v. The weights come with their root already taken."""
+    common = _common(logits, None if weights is None else weights**2, logsumexp, temperature)
+    out.copy_(reference.softmax_fisher_sqrt_matvec(logits, v, **common))
+
+
+def softmax_fisher_sqrt_rmatvec(
+    logits: Tensor,
+    v: Tensor,
+    weights: Tensor | None,
+    logsumexp: Tensor | None,
+    temperature: float,
+    out: Tensor,
+) -> None:
+    """out [B, S, V] = w Lᵀ v. The weights come with their root already taken."""
+    common = _common(logits, None if weights is None else weights**2, logsumexp, temperature)
+    out.copy_(reference.softmax_fisher_sqrt_rmatvec(logits, v, **common))
+
+
+def softmax_fisher_quadratic(
+    logits: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    logsumexp: Tensor | None,
+    temperature: float,
+    out: Tensor,
+) -> None:
+    """out [T, K, K] = V F Vᵀ for the rows of v [B, S, K, V]."""
+    common = _common(logits, mask, logsumexp, temperature)
+    out.copy_(reference.softmax_fisher_quadratic(logits, v, **common).view(out.shape))
+
+
+def softmax_fisher_diagonal(
+    logits: Tensor,
+    weights: Tensor | None,
+    logsumexp: Tensor | None,
+    temperature: float,
+    out: Tensor,
+) -> None:
+    """out [B, S, V] = w p (1 − p) / τ²."""
+    out.copy_(
+        reference.softmax_fisher_diagonal(
+            logits, **_common(logits, weights, logsumexp, temperature)
+        )
+    )
+
+
+def softmax_fisher_diagonal_sum(
+    logits: Tensor,
+    weights: Tensor | None,
+    logsumexp: Tensor | None,
+    temperature: float,
+    out: Tensor,
+) -> None:
+    """out [V] = Σ w p (1 − p) / τ²."""
+    common = _common(logits, weights, logsumexp, temperature)
+    out.copy_(reference.softmax_fisher_diagonal(logits, reduction="sum", **common))
+
+
+def softmax_fisher_mean_probs(
+    logits: Tensor,
+    weights: Tensor | None,
+    logsumexp: Tensor | None,
+    temperature: float,
+    out: Tensor,
+) -> None:
+    """out [V] = Σ w p. The weights come already divided by N."""
+    common = _common(logits, weights, logsumexp, temperature)
+    out.copy_(reference.softmax_fisher_mean_probs(logits, reduction="sum", **common))
+
+
+def softmax_fisher_trace(
+    logits: Tensor,
+    mask: Tensor | None,
+    logsumexp: Tensor | None,
+    temperature: float,
+    out: Tensor,
+) -> None:
+    """out [T] = Σ p (1 − p) / τ²."""
+    common = _common(logits, mask, logsumexp, temperature)
+    out.copy_(reference.softmax_fisher_trace(logits, **common).view(-1))
+
+
+def softmax_fisher_stats(
+    logits: Tensor,
+    mask: Tensor | None,
+    logsumexp: Tensor | None,
+    temperature: float,
+    out: Tensor,
+) -> None:
+    """out [T, 5] = logsumexp, entropy, trace, tr F², max p."""
+    common = _common(logits, mask, logsumexp, temperature)
+    stats = reference.softmax_fisher_stats(logits, **common)
+    out.copy_(torch.stack(stats, -1).view(out.shape))
+
+
+def softmax_fisher_stats_backward(
+    logits: Tensor,
+    stats: Tensor,
+    grad: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    out: Tensor,
+) -> None:
+    """out [B, S, V] = ∂(Σ grad · stats)/∂z for stats and grad [T, 5]."""
+    lead = logits.shape[:2]
+    out.copy_(
+        reference.softmax_fisher_stats_backward(
+            logits,
+            stats.view(*lead, 5),
+            grad.view(*lead, 5),
+            mask=_per_token(logits, mask),
+            temperature=temperature,
+        )
+    )
+
+
+def softmax_fisher_gradient(
+    logits: Tensor,
+    labels: Tensor,
+    weights: Tensor | None,
+    logsumexp: Tensor | None,
+    temperature: float,
+    out: Tensor,
+) -> None:
+    """out [B, S, V] = w (p − e_label) / τ. A label outside [0, V) makes its row NaN."""
+    lead = logits.shape[:2]
+    outside = (labels < 0) | (labels >= logits.shape[-1])
+    if weights is not None:
+        outside &= weights != 0
+    common = _common(logits, weights, logsumexp, temperature)
+    gradient = reference.softmax_fisher_gradient(
+        logits, labels.view(lead), ignore_index=-(2**63), **common
+    )
+    out.copy_(torch.where(outside.view(*lead, 1), torch.nan, gradient))
+
+
+def softmax_fisher_sample(
+    logits: Tensor,
+    seed: Tensor,
+    weights: Tensor | None,
+    logsumexp: Tensor | None,
+    temperature: float,
+    labels: Tensor,
+    out: Tensor,
+) -> None:
+    """labels [T] ~ p, −100 where there is none; out [B, S, V] = w (p − e_label) / τ."""
+    common = _common(logits, weights, logsumexp, temperature)
+    sampled, gradient = reference.softmax_fisher_sample(logits, seed, **common)
+    labels.copy_(sampled.view(-1))
+    out.copy_(gradient)

@@ -1,0 +1,64 @@
+"""Checks that read values, made ops of their own so that they hold under torch.compile too.
+
+On the CPU bad values raise. On a GPU that would stall the stream (and break CUDA graphs), so a bad
+value becomes NaN there and the rows that it concerns come out NaN: never silently finite.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fisherkern.ops._library import define
+
+
+def _checked_weights(weights: Tensor, dtype: torch.dtype) -> Tensor:
+    good = (weights >= 0) & weights.isfinite()
+    if weights.device.type == "cpu" and not bool(good.all()):
+        bad = weights[~good][0].item()
+        raise ValueError(f"weights holds {bad}; allowed are finite values >= 0")
+    return torch.where(good, weights.to(dtype), torch.nan)
+
+
+_checked_weights_op = define(
+    "checked_weights(Tensor weights, ScalarType dtype) -> Tensor",
+    _checked_weights,
+    lambda weights, dtype: torch.empty_like(weights, dtype=dtype),
+)
+
+
+def checked_weights(weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """Weights [...] in `dtype`, none of them negative, infinite or NaN."""
+    return _checked_weights_op(weights, dtype)
+
+
+def check_labels(labels: Tensor, classes: int, ignore_index: int) -> None:
+    """Labels on the CPU lie in [0, V) or are `ignore_index`; called by ops before they write."""
+    if labels.device.type != "cpu":
+        return
+    bad = ((labels < 0) | (labels >= classes)) & (labels != ignore_index)
+    if bool(bad.any()):
+        raise ValueError(
+            f"labels holds {int(labels[bad][0])}; allowed are 0 to {classes - 1} "
+            f"and ignore_index = {ignore_index}"
+        )
+
+
+def _extent(x: Tensor) -> tuple[int, int]:
+    """First and one past the last byte that a tensor of non-negative strides touches."""
+    start = x.data_ptr()
+    if x.numel() == 0:
+        return start, start
+    steps = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return start, start + (steps + 1) * x.element_size()
+
+
+def check_disjoint(out: Tensor, inputs: dict[str, Tensor], hint: str = "") -> None:
+    """`out` shares no memory with an input and none of its elements with another of its own."""
+    if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
+        raise ValueError(f"out has strides {out.stride()}: several of its elements share memory")
+    start, stop = _extent(out)
+    for name, value in inputs.items():
+        first, last = _extent(value)
+        if start < last and first < stop:
+            raise ValueError(f"out overlaps {name} in memory; pass a separate tensor{hint}")

@@ -1,0 +1,541 @@
+"""F times a vector, its square root times a vector, and quadratic forms, per token.
+
+F = (diag p − p pᵀ) / τ² with p = softmax(z / τ) is the Fisher information of the logits z of a
+categorical distribution at temperature τ; it is also the Hessian of the cross-entropy in z
+(Martens 2020, "New insights and perspectives on the natural gradient method", section 9.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisherkern import checks
+from fisherkern.ops._kernels import kernels
+from fisherkern.ops._library import define, differentiable
+from fisherkern.ops._rows import token_rows, write_back
+from fisherkern.ops._values import check_disjoint
+from fisherkern.ops.softmax_fisher._common import (
+    check_tokens,
+    flat,
+    per_token_output,
+    reduce_tokens,
+    row_output,
+)
+
+Needs = Sequence[bool]
+
+# ---- the raw ops of one row operand: F v, L v, Lᵀ v ------------------------------------------
+
+
+def _define_product(name: str) -> tuple[Any, Any]:
+    """The functional op and its out variant."""
+
+    def into(
+        logits: Tensor,
+        v: Tensor,
+        weights: Tensor | None,
+        logsumexp: Tensor | None,
+        temperature: float,
+        out: Tensor,
+    ) -> None:
+        if out.numel() == 0:
+            return
+        z, rows, result = token_rows(logits.ndim - 1, logits, v, out)
+        kernel = getattr(kernels(logits), name)
+        kernel(z, rows, flat(weights), flat(logsumexp), temperature, result)
+        write_back(out, result)
+
+    def functional(
+        logits: Tensor,
+        v: Tensor,
+        weights: Tensor | None,
+        logsumexp: Tensor | None,
+        temperature: float,
+    ) -> Tensor:
+        out = row_output(logits)
+        into(logits, v, weights, logsumexp, temperature, out)
+        return out
+
+    def checked_into(
+        logits: Tensor,
+        v: Tensor,
+        weights: Tensor | None,
+        logsumexp: Tensor | None,
+        temperature: float,
+        *,
+        out: Tensor,
+    ) -> None:
+        check_disjoint(out, {"logits": logits, "v": v})
+        into(logits, v, weights, logsumexp, temperature, out)
+
+    arguments = (
+        "Tensor logits, Tensor v, Tensor? weights, Tensor? logsumexp, float temperature"
+    )
+    op = define(
+        f"{name}({arguments}) -> Tensor", functional, lambda logits, *_: row_output(logits)
+    )
+    out_op = define(
+        f"{name}.out({arguments}, *, Tensor(a!) out) -> ()",
+        checked_into,
+        lambda *_, out: None,
+        vmap="none",
+    )
+    return op, out_op
+
+
+_matvec_op, _matvec_out = _define_product("softmax_fisher_matvec")
+_sqrt_matvec_op, _sqrt_matvec_out = _define_product("softmax_fisher_sqrt_matvec")
+_sqrt_rmatvec_op, _sqrt_rmatvec_out = _define_product("softmax_fisher_sqrt_rmatvec")
+
+
+def _matvec_backward(
+    logits: Tensor,
+    v: Tensor,
+    grad: Tensor,
+    weights: Tensor | None,
+    logsumexp: Tensor | None,
+    temperature: float,
+) -> Tensor:
+    out = row_output(logits)
+    if out.numel():
+        z, rows, grads, result = token_rows(logits.ndim - 1, logits, v, grad, out)
+        kernels(logits).softmax_fisher_matvec_backward(
+            z, rows, grads, flat(weights), flat(logsumexp), temperature, result
+        )
+        write_back(out, result)
+    return out
+
+
+_matvec_backward_op = define(
+    "softmax_fisher_matvec_backward(Tensor logits, Tensor v, Tensor grad, Tensor? weights, "
+    "Tensor? logsumexp, float temperature) -> Tensor",
+    _matvec_backward,
+    lambda logits, *_: row_output(logits),
+)
+
+# ---- derivatives: each is written with differentiable functions ------------------------------
+
+
+def _probabilities(logits: Tensor, weights: Tensor | None, temperature: float) -> Tensor:
+    """Softmax with zero logits in the rows of weight zero, for the formulas without a kernel."""
+    x = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    return torch.softmax(x if weights is None else torch.where((weights == 0)[..., None], 0, x), -1)
+
+
+def _weight_gradient(rows: Tensor, grad: Tensor, weights: Tensor) -> Tensor:
+    """Σ grad · rows for rows computed with weights of one, where a weight is not zero."""
+    return torch.where(weights == 0, 0, (rows * grad).sum(-1, dtype=weights.dtype))
+
+
+def _matvec_vjp(inputs: Sequence[Any], _: Tensor, grad: Tensor, needs: Needs) -> list[Any]:
+    logits, v, weights, logsumexp, temperature = inputs
+    common = (weights, logsumexp, temperature)
+    g_logits = matvec_backward(logits, v, grad, *common) if needs[0] else None
+    g_v = matvec(logits, grad, *common) if needs[1] else None
+    g_weights = None
+    if needs[2]:
+        valid = (weights != 0).to(weights.dtype)
+        rows = matvec(logits, v, valid, logsumexp, temperature)
+        g_weights = _weight_gradient(rows, grad, weights)
+    return [g_logits, g_v, g_weights, None, None]
+
+
+def _matvec_jvp(inputs: Sequence[Any], output: Tensor, tangents: Sequence[Any]) -> Tensor:
+    logits, v, weights, logsumexp, temperature = inputs
+    common = (weights, logsumexp, temperature)
+    result = torch.zeros_like(output)
+    if tangents[0] is not None:
+        result = result + matvec_backward(logits, v, tangents[0], *common)
+    if tangents[1] is not None:
+        result = result + matvec(logits, tangents[1], *common)
+    return result
+
+
+def _fourth_cumulant(
+    logits: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    weights: Tensor | None,
+    temperature: float,
+) -> Tensor:
+    """Derivative of ⟨c, matvec_backward(z, a, b)⟩ in z; only second derivatives come here."""
+    p = _probabilities(logits, weights, temperature)
+    a, b, c = (x - (p * x).sum(-1, keepdim=True) for x in (a, b, c))
+
+    def mean(x: Tensor) -> Tensor:
+        return (p * x).sum(-1, keepdim=True)
+
+    product = a * b * c
+    rows = product - mean(product) - a * mean(b * c) - b * mean(a * c) - c * mean(a * b)
+    rows = p * rows / temperature**4
+    if weights is not None:
+        rows = torch.where((weights == 0)[..., None], 0, rows * weights[..., None])
+    return rows.to(logits.dtype)
+
+
+def _matvec_backward_vjp(
+    inputs: Sequence[Any], _: Tensor, grad: Tensor, needs: Needs
+) -> list[Any]:
+    logits, v, g, weights, logsumexp, temperature = inputs
+    common = (weights, logsumexp, temperature)
+    g_logits = _fourth_cumulant(logits, v, g, grad, weights, temperature) if needs[0] else None
+    g_v = matvec_backward(logits, g, grad, *common) if needs[1] else None
+    g_g = matvec_backward(logits, v, grad, *common) if needs[2] else None
+    g_weights = None
+    if needs[3]:
+        valid = (weights != 0).to(weights.dtype)
+        rows = matvec_backward(logits, v, g, valid, logsumexp, temperature)
+        g_weights = _weight_gradient(rows, grad, weights)
+    return [g_logits, g_v, g_g, g_weights, None, None]
+
+
+def _matvec_backward_jvp(
+    inputs: Sequence[Any], output: Tensor, tangents: Sequence[Any]
+) -> Tensor:
+    logits, v, g, weights, logsumexp, temperature = inputs
+    common = (weights, logsumexp, temperature)
+    result = torch.zeros_like(output)
+    if tangents[0] is not None:
+        result = result + _fourth_cumulant(logits, v, g, tangents[0], weights, temperature)
+    if tangents[1] is not None:
+        result = result + matvec_backward(logits, tangents[1], g, *common)
+    if tangents[2] is not None:
+        result = result + matvec_backward(logits, v, tangents[2], *common)
+    return result
+
+
+def _root_gradient(
+    inputs: Sequence[Any], right: Tensor, left: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Derivative of ⟨left, √w L right⟩ in z, in plain PyTorch (L = L(z), see reference.py)."""
+    logits, _, weights, _, temperature = inputs
+    p = _probabilities(logits, None if weights is None else weights, temperature)
+    root = p.sqrt()
+    centred = left - (p * left).sum(-1, keepdim=True)
+    rows = root * right * centred / 2 - p * left * (root * right).sum(-1, keepdim=True)
+    rows = (rows - p * rows.sum(-1, keepdim=True)) / temperature**2
+    if weights is not None:
+        rows = torch.where((weights == 0)[..., None], 0, rows * weights[..., None])
+    return rows.to(dtype)
+
+
+def _sqrt_matvec_vjp(inputs: Sequence[Any], _: Tensor, grad: Tensor, needs: Needs) -> list[Any]:
+    logits, v, *common = inputs
+    g_logits = _root_gradient(inputs, v, grad, logits.dtype) if needs[0] else None
+    return [g_logits, sqrt_rmatvec(logits, grad, *common) if needs[1] else None, None, None, None]
+
+
+def _sqrt_rmatvec_vjp(inputs: Sequence[Any], _: Tensor, grad: Tensor, needs: Needs) -> list[Any]:
+    logits, v, *common = inputs
+    g_logits = _root_gradient(inputs, grad, v, logits.dtype) if needs[0] else None
+    return [g_logits, sqrt_matvec(logits, grad, *common) if needs[1] else None, None, None, None]
+
+
+def _linear_jvp(function: str) -> Any:
+    """Tangent of an op that is differentiated forward in its vector alone."""
+
+    def rule(inputs: Sequence[Any], output: Tensor, tangents: Sequence[Any]) -> Tensor:
+        if tangents[0] is not None:
+            raise NotImplementedError(
+                f"softmax_fisher_{function}: no forward-mode derivative in logits; use reverse mode"
+            )
+        logits, _, *common = inputs
+        if tangents[1] is None:
+            return torch.zeros_like(output)
+        return globals()[function](logits, tangents[1], *common)
+
+    return rule
+
+
+matvec = differentiable(_matvec_op, vjp=_matvec_vjp, jvp=_matvec_jvp)
+matvec_backward = differentiable(
+    _matvec_backward_op, vjp=_matvec_backward_vjp, jvp=_matvec_backward_jvp
+)
+sqrt_matvec = differentiable(
+    _sqrt_matvec_op, vjp=_sqrt_matvec_vjp, jvp=_linear_jvp("sqrt_matvec")
+)
+sqrt_rmatvec = differentiable(
+    _sqrt_rmatvec_op, vjp=_sqrt_rmatvec_vjp, jvp=_linear_jvp("sqrt_rmatvec")
+)
+
+# ---- quadratic forms --------------------------------------------------------------------------
+
+
+def _quadratic(
+    logits: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    logsumexp: Tensor | None,
+    temperature: float,
+) -> Tensor:
+    out = per_token_output(logits, v.shape[-2], v.shape[-2])
+    if logits.numel() == 0:
+        return out.zero_()
+    if out.numel():
+        z, rows = token_rows(logits.ndim - 1, logits, v)
+        kernels(logits).softmax_fisher_quadratic(
+            z, rows, flat(mask), flat(logsumexp), temperature, out.view(-1, *out.shape[-2:])
+        )
+    return out
+
+
+_quadratic_op = define(
+    "softmax_fisher_quadratic(Tensor logits, Tensor v, Tensor? mask, Tensor? logsumexp, "
+    "float temperature) -> Tensor",
+    _quadratic,
+    lambda logits, v, *_: per_token_output(logits, v.shape[-2], v.shape[-2]),
+)
+
+
+def _per_direction(inputs: Sequence[Any]) -> tuple[Tensor, Tensor | None, Tensor | None, float]:
+    """The logits and per-token tensors expanded to one row per direction."""
+    logits, v, mask, logsumexp, temperature = inputs
+    lead = v.shape[:-1]
+    weights = None if mask is None else mask[..., None].expand(lead).to(torch.float32)
+    if weights is not None and logits.dtype == torch.float64:
+        weights = weights.double()
+    lse = None if logsumexp is None else logsumexp[..., None].expand(lead)
+    return logits[..., None, :].expand(v.shape), weights, lse, temperature
+
+
+def _quadratic_vjp(inputs: Sequence[Any], _: Tensor, grad: Tensor, needs: Needs) -> list[Any]:
+    v = inputs[1]
+    z, valid, lse, temperature = _per_direction(inputs)
+    symmetric = grad + grad.mT
+    g_logits = g_v = None
+    if v.shape[-2] == 1:
+        # one direction: its scalar is the weight of the row, and no scaled copy of v is made
+        scale = symmetric[..., 0] if valid is None else symmetric[..., 0] * valid
+        if needs[0]:
+            g_logits = matvec_backward(z, v, v, scale / 2, lse, temperature).squeeze(-2)
+        if needs[1]:
+            g_v = matvec(z, v, scale, lse, temperature)
+    else:
+        mixed = (symmetric @ v.to(symmetric.dtype)).to(v.dtype)
+        if needs[0]:
+            g_logits = matvec_backward(z, v, mixed, valid, lse, temperature).sum(-2) / 2
+        if needs[1]:
+            g_v = matvec(z, mixed, valid, lse, temperature)
+    return [g_logits, g_v, None, None, None]
+
+
+def _quadratic_jvp(inputs: Sequence[Any], output: Tensor, tangents: Sequence[Any]) -> Tensor:
+    v = inputs[1]
+    expanded = _per_direction(inputs)
+    z, common = expanded[0], expanded[1:]
+    result = torch.zeros_like(output)
+    if tangents[0] is not None:
+        direction = tangents[0][..., None, :].expand(v.shape)
+        result = result + v.to(output.dtype) @ matvec_backward(z, v, direction, *common).to(
+            output.dtype
+        ).mT
+    if tangents[1] is not None:
+        half = tangents[1].to(output.dtype) @ matvec(z, v, *common).to(output.dtype).mT
+        result = result + half + half.mT
+    return result
+
+
+quadratic = differentiable(_quadratic_op, vjp=_quadratic_vjp, jvp=_quadratic_jvp)
+
+# ---- public -----------------------------------------------------------------------------------
+
+
+def _product(
+    function: Any,
+    out_op: Any,
+    logits: Tensor,
+    v: Tensor,
+    temperature: float,
+    mask: Tensor | None,
+    weights: Tensor | None,
+    logsumexp: Tensor | None,
+    out: Tensor | None,
+    *,
+    root: bool,
+) -> Tensor:
+    z = checks.logits(logits)
+    rows = checks.rows("v", v, z)
+    if out is not None:
+        checks.out(out, z.shape, z.dtype, {"logits": z, "v": rows})
+    w, lse, tau = check_tokens(z, temperature, mask, weights, logsumexp)
+    if root and weights is not None and w is not None:
+        w = w.sqrt()
+    if out is None:
+        return function(z, rows, w, lse, tau)
+    out_op(z, rows, w, lse, tau, out=out)
+    return out
+
+
+def softmax_fisher_matvec(
+    logits: Tensor,
+    v: Tensor,
+    *,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    weights: Tensor | None = None,
+    logsumexp: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Fisher-vector product of every token: w F v = w p ⊙ (v − ⟨p, v⟩) / τ².
+
+    Args:
+        logits: z [..., V]; float32, bfloat16, float16 or float64 (float64: CPU and reference).
+        v: vectors [..., V] of the dtype of the logits, or one [V] for all tokens.
+        temperature: τ > 0; p = softmax(z / τ).
+        mask: bool [...]; a token that is False has a result of exactly zero whatever its row holds.
+        weights: float [...] >= 0, instead of a mask; each result is multiplied by its weight.
+        logsumexp: logsumexp(z / τ) [...] in float32 (float64 for float64 logits), if at hand: it
+            saves one pass over the logits. Treated as a cached function of the logits.
+        out: destination [..., V] of the dtype of the logits; no autograd.
+
+    Returns:
+        [..., V] in the dtype of the logits, accumulated in float32 (float64 for float64).
+        Differentiable in `logits` and `v`, any number of times, in both modes.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value; or `out`
+            that overlaps an input. Nothing is written.
+
+    Source: Schraudolph 2002, "Fast curvature matrix-vector products for second-order gradient
+    descent", section 3.
+
+    >>> import torch, fisherkern
+    >>> z, v = torch.zeros(2, 4), torch.tensor([1.0, 0.0, 0.0, 0.0])
+    >>> fisherkern.softmax_fisher_matvec(z, v)[0]
+    tensor([ 0.1875, -0.0625, -0.0625, -0.0625])
+    """
+    arguments = (logits, v, temperature, mask, weights, logsumexp, out)
+    return _product(matvec, _matvec_out, *arguments, root=False)
+
+
+def softmax_fisher_sqrt_matvec(
+    logits: Tensor,
+    v: Tensor,
+    *,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    weights: Tensor | None = None,
+    logsumexp: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Square root of the Fisher times a vector: √w L v = √w (√p ⊙ v − p ⟨√p, v⟩) / τ.
+
+    L = (diag √p − p √pᵀ) / τ, so that L Lᵀ = F: v ~ N(0, I) gives a sample with covariance w F.
+    Weights enter as their square root, so that the factor of w F is what is applied.
+
+    Args:
+        logits: z [..., V].
+        v: vectors [..., V] of the dtype of the logits, or one [V] for all tokens.
+        temperature: τ > 0.
+        mask: bool [...].
+        weights: float [...] >= 0, instead of a mask.
+        logsumexp: logsumexp(z / τ) [...], if at hand.
+        out: destination [..., V]; no autograd.
+
+    Returns:
+        [..., V] in the dtype of the logits. Differentiable in `v`, and backward in `logits`.
+
+    Raises:
+        TypeError, ValueError: as :func:`softmax_fisher_matvec`.
+
+    Source: Botev, Ritter & Barber 2017, "Practical Gauss-Newton optimisation for deep learning",
+    appendix A.
+
+    >>> import torch, fisherkern
+    >>> z = torch.zeros(1, 4)
+    >>> fisherkern.softmax_fisher_sqrt_matvec(z, torch.ones(4)).abs().max() < 1e-6
+    tensor(True)
+    """
+    arguments = (logits, v, temperature, mask, weights, logsumexp, out)
+    return _product(sqrt_matvec, _sqrt_matvec_out, *arguments, root=True)
+
+
+def softmax_fisher_sqrt_rmatvec(
+    logits: Tensor,
+    v: Tensor,
+    *,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    weights: Tensor | None = None,
+    logsumexp: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Transposed square root of the Fisher times a vector: √w Lᵀ v = √w √p ⊙ (v − ⟨p, v⟩) / τ.
+
+    The transpose of :func:`softmax_fisher_sqrt_matvec`; ‖Lᵀ v‖² = vᵀ F v.
+
+    Args:
+        logits: z [..., V].
+        v: vectors [..., V] of the dtype of the logits, or one [V] for all tokens.
+        temperature: τ > 0.
+        mask: bool [...].
+        weights: float [...] >= 0, instead of a mask.
+        logsumexp: logsumexp(z / τ) [...], if at hand.
+        out: destination [..., V]; no autograd.
+
+    Returns:
+        [..., V] in the dtype of the logits. Differentiable in `v`, and backward in `logits`.
+
+    Raises:
+        TypeError, ValueError: as :func:`softmax_fisher_matvec`.
+
+    Source: Botev, Ritter & Barber 2017, appendix A.
+
+    >>> import torch, fisherkern
+    >>> z, v = torch.zeros(1, 4), torch.tensor([1.0, 0.0, 0.0, 0.0])
+    >>> fisherkern.softmax_fisher_sqrt_rmatvec(z, v).square().sum()
+    tensor(0.1875)
+    """
+    arguments = (logits, v, temperature, mask, weights, logsumexp, out)
+    return _product(sqrt_rmatvec, _sqrt_rmatvec_out, *arguments, root=True)
+
+
+def softmax_fisher_quadratic(
+    logits: Tensor,
+    v: Tensor,
+    *,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    weights: Tensor | None = None,
+    logsumexp: Tensor | None = None,
+    reduction: str = "none",
+) -> Tensor:
+    """Quadratic form of every token, w vᵀ F v = w Var_p(v) / τ², centred before it is squared.
+
+    Args:
+        logits: z [..., V].
+        v: directions [..., V] of the dtype of the logits, or one [V] for all tokens; or K of them
+            per token, [..., K, V] (expand to share them), which give their K×K covariance.
+        temperature: τ > 0.
+        mask: bool [...].
+        weights: float [...] >= 0, instead of a mask.
+        logsumexp: logsumexp(z / τ) [...], if at hand.
+        reduction: "none", "sum" (Σ w …) or "mean" (Σ w … / Σ w, and zero where Σ w = 0).
+
+    Returns:
+        float32 (float64 for float64 logits): [...] or [..., K, K], without the leading dimensions
+        if reduced. Differentiable in `logits` and `v`.
+
+    Raises:
+        TypeError, ValueError: as :func:`softmax_fisher_matvec`.
+
+    Source: Amari 1998, "Natural gradient works efficiently in learning", for a categorical.
+
+    >>> import torch, fisherkern
+    >>> fisherkern.softmax_fisher_quadratic(torch.zeros(1, 4), torch.tensor([1.0, 0, 0, 0]))
+    tensor([0.1875])
+    """
+    z = checks.logits(logits)
+    d = checks.directions("v", v, z)
+    checks.reduction(reduction, ("none", "mean", "sum"))
+    tokens = check_tokens(z, temperature, mask, weights, logsumexp)
+    several = d.ndim > z.ndim
+    rows = d if several else d.unsqueeze(-2)
+    result = quadratic(z, rows, tokens.valid, tokens.logsumexp, tokens.temperature)
+    result = result if several else result[..., 0, 0]
+    return reduce_tokens(result, tokens, z, reduction)
