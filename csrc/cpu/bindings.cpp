@@ -1,0 +1,190 @@
+// The CPU kernels as implementations of the native ops: tokens are shared out among threads.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "../checks.h"
+#include "capability.h"
+#include "softmax_fisher.h"
+
+#if defined(FISHERKERN_X86)
+#define FISHERKERN_KERNEL(name)                                   \
+  (capability() == Capability::avx512 ? &avx512::name             \
+   : capability() == Capability::avx2 ? &avx2::name               \
+                                      : &baseline::name)
+#else
+#define FISHERKERN_KERNEL(name) (&baseline::name)
+#endif
+
+namespace fisherkern {
+namespace {
+
+using Optional = std::optional<Tensor>;
+
+template <class Body>
+void for_tokens(const SoftmaxFisher& f, Body&& body) {
+  // a row is worth a thread from about 4096 classes on
+  const int64_t grain = std::max<int64_t>(1, 4096 / f.classes);
+  torch::stable::parallel_for(0, f.batches * f.tokens, grain, body);
+}
+
+template <class Kernel>
+void product(Kernel kernel, const Tensor& logits, const Tensor& v, const Optional& weights,
+             const Optional& logsumexp, double temperature, Tensor& out) {
+  const auto f = problem_of(logits, weights, {}, logsumexp, temperature);
+  const Rows vectors = rows_of(v, logits, "v"), to = rows_of(out, logits, "out");
+  for_tokens(f, [&](int64_t begin, int64_t end) { kernel(f, vectors, to, begin, end); });
+}
+
+void matvec(const Tensor& logits, const Tensor& v, const Optional& weights,
+            const Optional& logsumexp, double temperature, Tensor out) {
+  product(FISHERKERN_KERNEL(matvec), logits, v, weights, logsumexp, temperature, out);
+}
+
+void sqrt_matvec(const Tensor& logits, const Tensor& v, const Optional& weights,
+                 const Optional& logsumexp, double temperature, Tensor out) {
+  product(FISHERKERN_KERNEL(sqrt_matvec), logits, v, weights, logsumexp, temperature, out);
+}
+
+void sqrt_rmatvec(const Tensor& logits, const Tensor& v, const Optional& weights,
+                  const Optional& logsumexp, double temperature, Tensor out) {
+  product(FISHERKERN_KERNEL(sqrt_rmatvec), logits, v, weights, logsumexp, temperature, out);
+}
+
+void matvec_backward(const Tensor& logits, const Tensor& v, const Tensor& grad,
+                     const Optional& weights, const Optional& logsumexp, double temperature,
+                     Tensor out) {
+  const auto f = problem_of(logits, weights, {}, logsumexp, temperature);
+  const Rows a = rows_of(v, logits, "v"), b = rows_of(grad, logits, "grad");
+  const Rows to = rows_of(out, logits, "out");
+  const auto kernel = FISHERKERN_KERNEL(matvec_backward);
+  for_tokens(f, [&](int64_t begin, int64_t end) { kernel(f, a, b, to, begin, end); });
+}
+
+void quadratic(const Tensor& logits, const Tensor& v, const Optional& mask,
+               const Optional& logsumexp, double temperature, Tensor out) {
+  const auto f = problem_of(logits, {}, mask, logsumexp, temperature);
+  STD_TORCH_CHECK(v.dim() == 4 && v.size(0) == f.batches && v.size(1) == f.tokens &&
+                      v.size(3) == f.classes && v.scalar_type() == logits.scalar_type(),
+                  "v must be [batches, tokens, directions, classes] of the dtype of logits");
+  STD_TORCH_CHECK(v.stride(3) == 1 || v.size(3) == 1, "v must have a class stride of 1");
+  const Rows directions{v.data_ptr(), v.stride(0), v.stride(1)};
+  const int64_t K = v.size(2), stride = v.stride(2);
+  void* to = flat_of(out, logits, f.batches * f.tokens * K * K, "out");
+  const auto kernel = FISHERKERN_KERNEL(quadratic);
+  for_tokens(f, [&](int64_t begin, int64_t end) {
+    kernel(f, directions, stride, K, to, begin, end);
+  });
+}
+
+void diagonal(const Tensor& logits, const Optional& weights, const Optional& logsumexp,
+              double temperature, Tensor out) {
+  const auto f = problem_of(logits, weights, {}, logsumexp, temperature);
+  const Rows to = rows_of(out, logits, "out");
+  const auto kernel = FISHERKERN_KERNEL(diagonal);
+  for_tokens(f, [&](int64_t begin, int64_t end) { kernel(f, to, begin, end); });
+}
+
+// The number of partial sums depends on T alone, so that the bits do not depend on the threads.
+template <class Kernel>
+void token_sum(Kernel kernel, const Tensor& logits, const Optional& weights,
+               const Optional& logsumexp, double temperature, Tensor& out) {
+  const auto f = problem_of(logits, weights, {}, logsumexp, temperature);
+  char* to = static_cast<char*>(flat_of(out, logits, f.classes, "out"));
+  const int64_t T = f.batches * f.tokens;
+  const int64_t parts = std::clamp<int64_t>(T / 16, 1, 32);
+  const int64_t bytes = f.classes * (f.dtype == DType::float64 ? 8 : 4);
+  if (parts == 1) {
+    kernel(f, to, 0, T);
+    return;
+  }
+  Tensor partial = torch::stable::new_empty(out, {parts, f.classes});
+  char* sums = static_cast<char*>(partial.data_ptr());
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part)
+      kernel(f, sums + part * bytes, part * T / parts, (part + 1) * T / parts);
+  });
+  const auto add = FISHERKERN_KERNEL(add_partials);
+  torch::stable::parallel_for(0, f.classes, 8192, [&](int64_t begin, int64_t end) {
+    add(f, sums, parts, to, begin, end);
+  });
+}
+
+void diagonal_sum(const Tensor& logits, const Optional& weights, const Optional& logsumexp,
+                  double temperature, Tensor out) {
+  token_sum(FISHERKERN_KERNEL(diagonal_sum), logits, weights, logsumexp, temperature, out);
+}
+
+void mean_probs(const Tensor& logits, const Optional& weights, const Optional& logsumexp,
+                double temperature, Tensor out) {
+  token_sum(FISHERKERN_KERNEL(probabilities_sum), logits, weights, logsumexp, temperature, out);
+}
+
+void trace(const Tensor& logits, const Optional& mask, const Optional& logsumexp,
+           double temperature, Tensor out) {
+  const auto f = problem_of(logits, {}, mask, logsumexp, temperature);
+  void* to = flat_of(out, logits, f.batches * f.tokens, "out");
+  const auto kernel = FISHERKERN_KERNEL(trace);
+  for_tokens(f, [&](int64_t begin, int64_t end) { kernel(f, to, begin, end); });
+}
+
+void stats(const Tensor& logits, const Optional& mask, const Optional& logsumexp,
+           double temperature, Tensor out) {
+  const auto f = problem_of(logits, {}, mask, logsumexp, temperature);
+  void* to = flat_of(out, logits, f.batches * f.tokens * kStats, "out");
+  const auto kernel = FISHERKERN_KERNEL(stats);
+  for_tokens(f, [&](int64_t begin, int64_t end) { kernel(f, to, begin, end); });
+}
+
+void stats_backward(const Tensor& logits, const Tensor& values, const Tensor& grad,
+                    const Optional& mask, double temperature, Tensor out) {
+  const auto f = problem_of(logits, {}, mask, {}, temperature);
+  const int64_t elements = f.batches * f.tokens * kStats;
+  const void* from = flat_of(values, logits, elements, "stats");
+  const void* g = flat_of(grad, logits, elements, "grad");
+  const Rows to = rows_of(out, logits, "out");
+  const auto kernel = FISHERKERN_KERNEL(stats_backward);
+  for_tokens(f, [&](int64_t begin, int64_t end) { kernel(f, from, g, to, begin, end); });
+}
+
+void gradient(const Tensor& logits, const Tensor& labels, const Optional& weights,
+              const Optional& logsumexp, double temperature, Tensor out) {
+  const auto f = problem_of(logits, weights, {}, logsumexp, temperature);
+  const auto* y = static_cast<const int64_t*>(
+      flat_of(labels, logits, f.batches * f.tokens, "labels", ScalarType::Long));
+  const Rows to = rows_of(out, logits, "out");
+  const auto kernel = FISHERKERN_KERNEL(gradient);
+  for_tokens(f, [&](int64_t begin, int64_t end) { kernel(f, y, to, begin, end); });
+}
+
+void sample(const Tensor& logits, const Tensor& seed, const Optional& weights,
+            const Optional& logsumexp, double temperature, Tensor labels, Tensor out) {
+  const auto f = problem_of(logits, weights, {}, logsumexp, temperature);
+  const int64_t key = *static_cast<const int64_t*>(flat_of(seed, logits, 1, "seed", ScalarType::Long));
+  auto* y = static_cast<int64_t*>(
+      flat_of(labels, logits, f.batches * f.tokens, "labels", ScalarType::Long));
+  const Rows to = rows_of(out, logits, "out");
+  const auto kernel = FISHERKERN_KERNEL(sample);
+  for_tokens(f, [&](int64_t begin, int64_t end) { kernel(f, key, y, to, begin, end); });
+}
+
+}  // namespace
+}  // namespace fisherkern
+
+STABLE_TORCH_LIBRARY_IMPL(fisherkern_native, CPU, m) {
+  m.impl("softmax_fisher_matvec", TORCH_BOX(&fisherkern::matvec));
+  m.impl("softmax_fisher_sqrt_matvec", TORCH_BOX(&fisherkern::sqrt_matvec));
+  m.impl("softmax_fisher_sqrt_rmatvec", TORCH_BOX(&fisherkern::sqrt_rmatvec));
+  m.impl("softmax_fisher_matvec_backward", TORCH_BOX(&fisherkern::matvec_backward));
+  m.impl("softmax_fisher_quadratic", TORCH_BOX(&fisherkern::quadratic));
+  m.impl("softmax_fisher_diagonal", TORCH_BOX(&fisherkern::diagonal));
+  m.impl("softmax_fisher_diagonal_sum", TORCH_BOX(&fisherkern::diagonal_sum));
+  m.impl("softmax_fisher_mean_probs", TORCH_BOX(&fisherkern::mean_probs));
+  m.impl("softmax_fisher_trace", TORCH_BOX(&fisherkern::trace));
+  m.impl("softmax_fisher_stats", TORCH_BOX(&fisherkern::stats));
+  m.impl("softmax_fisher_stats_backward", TORCH_BOX(&fisherkern::stats_backward));
+  m.impl("softmax_fisher_gradient", TORCH_BOX(&fisherkern::gradient));
+  m.impl("softmax_fisher_sample", TORCH_BOX(&fisherkern::sample));
+}

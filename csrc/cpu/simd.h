@@ -1,0 +1,309 @@
+// One vector type for every instruction set: GCC vector extensions, with intrinsics only where the
+// compiler does not find the instruction itself. A file that includes this is compiled once per
+// instruction set with FISHERKERN_ISA naming its namespace, so nothing here has external linkage
+// outside that namespace.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace fisherkern {
+namespace FISHERKERN_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+// What a storage type is computed in.
+template <class T>
+struct Accumulation {
+  using type = float;
+};
+template <>
+struct Accumulation<double> {
+  using type = double;
+};
+template <class T>
+using Acc = typename Accumulation<T>::type;
+
+template <class A>
+struct Lanes {
+  static constexpr int count = kVectorBytes / sizeof(A);
+  typedef A vector __attribute__((vector_size(kVectorBytes)));
+};
+template <class A>
+using Vec = typename Lanes<A>::vector;
+template <class A>
+constexpr int kLanes = Lanes<A>::count;
+
+typedef uint32_t vuint32 __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t vuint16 __attribute__((vector_size(kVectorBytes / 2)));
+
+template <class A>
+inline Vec<A> broadcast(A value) {
+  return Vec<A>{} + value;
+}
+
+// ---- conversions ------------------------------------------------------------------------------
+
+inline float to_accumulation(bfloat16 x) {
+  const uint32_t bits = uint32_t{x.bits} << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline float to_accumulation(float16 x) {
+  // exact through a product: shift the exponent into place, then undo the difference of biases
+  const uint32_t sign = uint32_t{x.bits & 0x8000u} << 16;
+  const uint32_t magnitude = uint32_t{x.bits & 0x7fffu} << 13;
+  uint32_t bits = magnitude;
+  float value;
+  if ((x.bits & 0x7c00u) == 0x7c00u) {
+    bits |= 0x7f800000u;
+    bits |= sign;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+  }
+  std::memcpy(&value, &bits, sizeof value);
+  value *= 0x1p112f;
+  std::memcpy(&bits, &value, sizeof value);
+  bits |= sign;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline float to_accumulation(float x) { return x; }
+inline double to_accumulation(double x) { return x; }
+
+inline void from_accumulation(float x, float* to) { *to = x; }
+inline void from_accumulation(double x, double* to) { *to = x; }
+
+inline void from_accumulation(float x, bfloat16* to) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  to->bits = static_cast<uint16_t>(x != x ? 0x7fc0u : rounded);
+}
+
+inline void from_accumulation(float x, float16* to) {
+#if defined(__F16C__)
+  to->bits = static_cast<uint16_t>(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT));
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  bits &= 0x7fffffffu;
+  uint32_t half;
+  if (bits > 0x7f800000u) {
+    half = 0x7e00u;
+  } else if (bits >= 0x477ff000u) {  // rounds to 65536 or more
+    half = 0x7c00u;
+  } else if (bits >= 0x38800000u) {  // normal: round the mantissa to nearest even
+    half = (bits + 0xfffu + ((bits >> 13) & 1u) - 0x38000000u) >> 13;
+  } else {  // subnormal: let the float adder round to multiples of 2^-24
+    float magnitude;
+    std::memcpy(&magnitude, &bits, sizeof bits);
+    magnitude += 0.5f;
+    std::memcpy(&half, &magnitude, sizeof half);
+    half -= 0x3f000000u;
+  }
+  to->bits = static_cast<uint16_t>(sign | half);
+#endif
+}
+
+inline Vec<float> load(const float* from) {
+  Vec<float> x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+
+inline Vec<double> load(const double* from) {
+  Vec<double> x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+
+inline Vec<float> load(const bfloat16* from) {
+  vuint16 half;
+  std::memcpy(&half, from, sizeof half);
+  return reinterpret_cast<Vec<float>>(__builtin_convertvector(half, vuint32) << 16);
+}
+
+inline Vec<float> load(const float16* from) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__F16C__)
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#else
+  Vec<float> x;
+  for (int i = 0; i < kLanes<float>; ++i) x[i] = to_accumulation(from[i]);
+  return x;
+#endif
+}
+
+inline void store(float* to, Vec<float> x) { std::memcpy(to, &x, sizeof x); }
+inline void store(double* to, Vec<double> x) { std::memcpy(to, &x, sizeof x); }
+
+inline void store(bfloat16* to, Vec<float> x) {
+  const vuint32 bits = reinterpret_cast<vuint32>(x);
+  const vuint32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const vuint32 kept = (x != x) ? (vuint32{} + 0x7fc0u) : rounded;
+  const vuint16 half = __builtin_convertvector(kept, vuint16);
+  std::memcpy(to, &half, sizeof half);
+}
+
+inline void store(float16* to, Vec<float> x) {
+#if defined(__AVX512F__)
+  const __m256i half = _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), half);
+#elif defined(__F16C__)
+  const __m128i half = _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), half);
+#else
+  for (int i = 0; i < kLanes<float>; ++i) from_accumulation(x[i], to + i);
+#endif
+}
+
+// The first `count` lanes from memory, the others `fill`.
+template <class T>
+inline Vec<Acc<T>> load_some(const T* from, int64_t count, Acc<T> fill) {
+  Vec<Acc<T>> x = broadcast(fill);
+  for (int64_t i = 0; i < count; ++i) x[i] = to_accumulation(from[i]);
+  return x;
+}
+
+template <class T>
+inline void store_some(T* to, Vec<Acc<T>> x, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) from_accumulation(x[i], to + i);
+}
+
+// ---- arithmetic -------------------------------------------------------------------------------
+
+inline Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+inline Vec<double> multiply_add(Vec<double> a, Vec<double> b, Vec<double> c) { return a * b + c; }
+
+// The larger of the two; `b` where either is NaN.
+inline Vec<float> maximum(Vec<float> a, Vec<float> b) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+inline Vec<double> maximum(Vec<double> a, Vec<double> b) { return a > b ? a : b; }
+
+inline Vec<float> square_root(Vec<float> x) {
+#if defined(__AVX512F__)
+  return _mm512_sqrt_ps(x);
+#elif defined(__AVX2__)
+  return _mm256_sqrt_ps(x);
+#else
+  for (int i = 0; i < kLanes<float>; ++i) x[i] = std::sqrt(x[i]);
+  return x;
+#endif
+}
+inline Vec<double> square_root(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::sqrt(x[i]);
+  return x;
+}
+
+template <class V>
+inline auto horizontal_sum(V x) {
+  // pairwise: the order does not depend on anything but the width of the vector
+  constexpr int lanes = sizeof(V) / sizeof(x[0]);
+  double part[lanes];
+  for (int i = 0; i < lanes; ++i) part[i] = x[i];
+  for (int width = lanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) part[i] += part[i + width];
+  return part[0];
+}
+
+template <class V>
+inline auto horizontal_maximum(V x) {
+  constexpr int lanes = sizeof(V) / sizeof(x[0]);
+  auto largest = x[0];
+  for (int i = 1; i < lanes; ++i) largest = x[i] > largest ? x[i] : largest;
+  return largest;
+}
+
+// exp(d / tau) for d <= 0 (and a little above), to within 1 ulp of the rounding of d. The reduced
+// argument comes from one fused multiply-add, so that the error does not grow with |d|. Results below
+// 2^-126 are zero, -inf included; NaN stays NaN.
+template <class A>
+struct Exponential;
+
+template <>
+struct Exponential<float> {
+  float scale, scale_low, least;
+  explicit Exponential(double temperature) {
+    const double exact = 1.4426950408889634 / temperature;
+    scale = static_cast<float>(exact);
+    scale_low = static_cast<float>(exact - scale);
+    least = static_cast<float>(-126.0 / exact);
+  }
+  Vec<float> operator()(Vec<float> d) const {
+    const Vec<float> bounded = maximum(broadcast(least), d);
+    // adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits
+    const Vec<float> shift = broadcast(12582912.0f);
+    const Vec<float> whole = multiply_add(bounded, broadcast(scale), shift);
+    const Vec<float> n = whole - shift;
+    Vec<float> f = multiply_add(bounded, broadcast(scale), -n);
+    f = multiply_add(bounded, broadcast(scale_low), f);
+    Vec<float> p = broadcast(1.55946782e-4f);
+    p = multiply_add(p, f, broadcast(1.34066439e-3f));
+    p = multiply_add(p, f, broadcast(9.61769297e-3f));
+    p = multiply_add(p, f, broadcast(5.55031055e-2f));
+    p = multiply_add(p, f, broadcast(2.40226528e-1f));
+    p = multiply_add(p, f, broadcast(6.93147215e-1f));
+    p = multiply_add(p, f, broadcast(1.0f));
+#if defined(__AVX512F__)
+    const Vec<float> e = _mm512_scalef_ps(p, n);
+    return _mm512_mask_mov_ps(e, _mm512_cmp_ps_mask(d, broadcast(least), _CMP_LT_OQ),
+                              _mm512_setzero_ps());
+#else
+    const vuint32 exponent = (reinterpret_cast<vuint32>(whole) + 127u) << 23;
+    const Vec<float> e = p * reinterpret_cast<Vec<float>>(exponent);
+    return d < broadcast(least) ? Vec<float>{} : e;
+#endif
+  }
+};
+
+template <>
+struct Exponential<double> {
+  double temperature;
+  explicit Exponential(double tau) : temperature(tau) {}
+  Vec<double> operator()(Vec<double> d) const {
+    for (int i = 0; i < kLanes<double>; ++i) d[i] = std::exp(d[i] / temperature);
+    return d;
+  }
+};
+
+}  // namespace FISHERKERN_ISA
+}  // namespace fisherkern

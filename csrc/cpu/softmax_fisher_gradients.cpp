@@ -1,0 +1,120 @@
+// w (p - e_label) / tau at given labels, and at labels sampled from p.
+#include "../philox.h"
+#include "row.h"
+#include "softmax_fisher.h"
+
+namespace fisherkern {
+namespace FISHERKERN_ISA {
+namespace {
+
+template <class T>
+void write_gradient(const SoftmaxFisher& f, Distribution<Acc<T>> p, const Acc<T>* e, int64_t star,
+                    int64_t label, Acc<T> w, T* out) {
+  using A = Acc<T>;
+  const A unit = w / static_cast<A>(f.temperature);
+  const Vec<A> scale = broadcast(unit * p.largest);
+  // out may be the logits: e holds all that is still needed of them
+  for_lanes<A>(0, f.classes, [&](int64_t i, auto count) {
+    store_lanes(out + i, load_lanes(e + i, count) * scale, count);
+  });
+  const A missing = label == star ? p.epsilon : 1 - p.largest * e[label];
+  from_accumulation(-unit * missing, out + label);
+}
+
+template <class T>
+void gradient_of(const SoftmaxFisher& f, const int64_t* labels, Rows out, int64_t begin,
+                 int64_t end) {
+  using A = Acc<T>;
+  const int64_t V = f.classes;
+  const Exponential<A> exponential(f.temperature);
+  A* e = scratch<A>(V);
+  for (int64_t token = begin; token < end; ++token) {
+    const A w = weight<A>(f, token);
+    T* to = row<T>(f, out, token);
+    if (w == 0) {
+      fill_row(to, V, A(0));
+      continue;
+    }
+    if (labels[token] < 0 || labels[token] >= V) {
+      fill_row(to, V, std::numeric_limits<A>::quiet_NaN());
+      continue;
+    }
+    const T* z = row<const T>(f, f.logits, token);
+    const auto top = largest(z, V);
+    const auto sums = exponentials<1>(z, V, top, exponential, e, nullptr,
+                                      [](int64_t, auto, Vec<A>, Vec<A>, Vec<A>*) {});
+    const auto p = distribution<T>(f, token, top, sums.value[0]);
+    write_gradient<T>(f, p, e, top.star, labels[token], w, to);
+  }
+}
+
+// The least class whose cumulative e exceeds u times the whole: first its block, then within.
+template <class A>
+int64_t invert(const A* e, int64_t classes, const std::vector<double>& block_mass, double u) {
+  double whole = 0;
+  for (double mass : block_mass) whole += mass;
+  const double target = u * whole;
+  double before = 0;
+  int64_t block = 0, last = 0;
+  const int64_t blocks = static_cast<int64_t>(block_mass.size());
+  for (; block < blocks; ++block) {
+    if (block_mass[block] > 0) {
+      last = block;
+      if (before + block_mass[block] > target) break;
+      before += block_mass[block];
+    }
+  }
+  if (block == blocks) block = last;
+  const int64_t end = std::min((block + 1) * kBlock, classes);
+  int64_t label = block * kBlock;
+  // where rounding leaves the target just past this block, its last possible class is the answer
+  for (int64_t i = label; i < end; ++i) {
+    if (e[i] > 0) label = i;
+    before += e[i];
+    if (before > target) break;
+  }
+  return label;
+}
+
+template <class T>
+void sample_of(const SoftmaxFisher& f, int64_t seed, int64_t* labels, Rows out, int64_t begin,
+               int64_t end) {
+  using A = Acc<T>;
+  const int64_t V = f.classes;
+  const Exponential<A> exponential(f.temperature);
+  A* e = scratch<A>(V);
+  std::vector<double> block_mass((V + kBlock - 1) / kBlock);
+  for (int64_t token = begin; token < end; ++token) {
+    const A w = weight<A>(f, token);
+    T* to = row<T>(f, out, token);
+    labels[token] = kIgnoreIndex;
+    if (w == 0) {
+      fill_row(to, V, A(0));
+      continue;
+    }
+    const T* z = row<const T>(f, f.logits, token);
+    const auto top = largest(z, V);
+    const auto sums = exponentials<1>(z, V, top, exponential, e, block_mass.data(),
+                                      [](int64_t, auto, Vec<A>, Vec<A>, Vec<A>*) {});
+    if (sums.value[0] != sums.value[0]) {
+      fill_row(to, V, std::numeric_limits<A>::quiet_NaN());
+      continue;
+    }
+    labels[token] = invert(e, V, block_mass, philox_uniform(seed, token));
+    const auto p = distribution<T>(f, token, top, sums.value[0]);
+    write_gradient<T>(f, p, e, top.star, labels[token], w, to);
+  }
+}
+
+}  // namespace
+
+void gradient(const SoftmaxFisher& f, const int64_t* labels, Rows out, int64_t begin, int64_t end) {
+  FISHERKERN_FOR_DTYPE(f, gradient_of, labels, out, begin, end)
+}
+void sample(const SoftmaxFisher& f, int64_t seed, int64_t* labels, Rows out, int64_t begin,
+            int64_t end) {
+  FISHERKERN_FOR_DTYPE(f, sample_of, seed, labels, out, begin, end)
+}
+
+}  // namespace FISHERKERN_ISA
+}  // namespace fisherkern

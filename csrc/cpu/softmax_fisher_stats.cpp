@@ -1,0 +1,139 @@
+// Per-token scalars of F in one read of the logits, and their derivative.
+//
+// With Q, C the sums of p_j^2 and p_j^3 without the star, whose probability is P = 1 - epsilon:
+//   tr F    tau^2 = P epsilon + sum' p_j (1 - p_j) = P epsilon + epsilon - Q
+//   tr F^2  tau^4 = P^2 epsilon^2 + Q - 2 C + 2 P^2 Q + Q^2
+//   entropy       = (logsumexp - m / tau) + sum' p_j (m - z_j) / tau
+// Every term is small where the row is peaked, and none cancels (Q <= epsilon^2, p_j <= 1/2).
+#include "row.h"
+#include "softmax_fisher.h"
+
+namespace fisherkern {
+namespace FISHERKERN_ISA {
+namespace {
+
+template <class T>
+void trace_of(const SoftmaxFisher& f, void* out, int64_t begin, int64_t end) {
+  using A = Acc<T>;
+  const Exponential<A> exponential(f.temperature);
+  for (int64_t token = begin; token < end; ++token) {
+    A& to = static_cast<A*>(out)[token];
+    if (!counts(f, token)) {
+      to = 0;
+      continue;
+    }
+    const T* z = row<const T>(f, f.logits, token);
+    const auto top = largest(z, f.classes);
+    const auto sums = exponentials<2>(
+        z, f.classes, top, exponential, static_cast<A*>(nullptr), nullptr,
+        [](int64_t, auto, Vec<A> ej, Vec<A>, Vec<A>* s) { s[1] = multiply_add(ej, ej, s[1]); });
+    const auto p = distribution<T>(f, token, top, sums.value[0]);
+    const double P = p.largest, epsilon = p.epsilon, Q = P * P * sums.value[1];
+    to = static_cast<A>((P * epsilon + epsilon - Q) / (f.temperature * f.temperature));
+  }
+}
+
+template <class T>
+void stats_of(const SoftmaxFisher& f, void* out, int64_t begin, int64_t end) {
+  using A = Acc<T>;
+  const Exponential<A> exponential(f.temperature);
+  const double tau = f.temperature, tau2 = tau * tau;
+  for (int64_t token = begin; token < end; ++token) {
+    A* to = static_cast<A*>(out) + token * kStats;
+    if (!counts(f, token)) {
+      std::fill(to, to + kStats, A(0));
+      continue;
+    }
+    const T* z = row<const T>(f, f.logits, token);
+    const auto top = largest(z, f.classes);
+    const Vec<A> least = broadcast(std::numeric_limits<A>::lowest());
+    const auto sums = exponentials<4>(
+        z, f.classes, top, exponential, static_cast<A*>(nullptr), nullptr,
+        [&](int64_t, auto, Vec<A> ej, Vec<A> d, Vec<A>* s) {
+          const Vec<A> square = ej * ej;
+          s[1] += square;
+          s[2] = multiply_add(square, ej, s[2]);
+          s[3] = multiply_add(ej, maximum(least, d), s[3]);  // 0 times -inf is 0 here
+        });
+    const double rest = sums.value[0];
+    const auto p = distribution<T>(f, token, top, rest);
+    const double P = p.largest, epsilon = p.epsilon;
+    const double Q = P * P * sums.value[1], C = P * P * P * sums.value[2];
+    const double m = top.value / tau;
+    double above = std::log1p(rest);  // logsumexp - m / tau
+    if (f.logsumexp && rest == rest) above = static_cast<const A*>(f.logsumexp)[token] - m;
+    to[0] = static_cast<A>(m + above);
+    to[1] = static_cast<A>(above - P * sums.value[3] / tau);
+    to[2] = static_cast<A>((P * epsilon + epsilon - Q) / tau2);
+    to[3] = static_cast<A>((P * P * (epsilon * epsilon + 2 * Q) + Q - 2 * C + Q * Q) /
+                           (tau2 * tau2));
+    to[4] = p.largest;
+  }
+}
+
+template <class T>
+void stats_backward_of(const SoftmaxFisher& f, const void* stats, const void* grad, Rows out,
+                       int64_t begin, int64_t end) {
+  using A = Acc<T>;
+  const int64_t V = f.classes;
+  const Exponential<A> exponential(f.temperature);
+  const A lowest = -std::numeric_limits<A>::infinity();
+  const double tau = f.temperature, tau2 = tau * tau, tau4 = tau2 * tau2;
+  for (int64_t token = begin; token < end; ++token) {
+    T* to = row<T>(f, out, token);
+    if (!counts(f, token)) {
+      fill_row(to, V, A(0));
+      continue;
+    }
+    const T* z = row<const T>(f, f.logits, token);
+    const A* value = static_cast<const A*>(stats) + token * kStats;
+    const A* g = static_cast<const A*>(grad) + token * kStats;
+    const auto top = largest(z, V);
+    const double P = value[4];
+    // <p, a> in closed form from the statistics of the row
+    const double s2 = 1 - tau2 * value[2];
+    const double s3 = (s2 + s2 * s2 - tau4 * value[3]) / 2;
+    const double mean = g[1] * double(value[1]) - 2 * g[2] * s2 / tau2 +
+                        g[3] * (2 * s2 - 6 * s3 + 4 * s2 * s2) / tau4;
+    // p (constant + linear p + quadratic p^2 + logarithmic log p) / tau
+    const A log_largest = static_cast<A>(top.value / tau - value[0]);
+    const A constant = static_cast<A>(g[0] - mean - g[4] * P - g[1] * double(log_largest));
+    const A linear = static_cast<A>(P * (-2 * g[2] / tau2 + g[3] * (2 + 4 * s2) / tau4));
+    const A quadratic = static_cast<A>(-6 * P * P * g[3] / tau4);
+    const A logarithmic = static_cast<A>(-g[1] / tau);
+    const A scale = static_cast<A>(P / tau);
+    const Vec<A> least = broadcast(std::numeric_limits<A>::lowest());
+    for_lanes<A>(0, V, [&](int64_t i, auto count) {
+      const Vec<A> d = load_lanes(z + i, count, lowest) - top.value;
+      const Vec<A> e = exponential(d);
+      Vec<A> a = multiply_add(e, broadcast(quadratic), broadcast(linear));
+      a = multiply_add(e, a, broadcast(constant));
+      a = multiply_add(maximum(least, d), broadcast(logarithmic), a);
+      store_lanes(to + i, e * scale * a, count);
+    });
+    if (g[4] != 0) {  // ties share the derivative of the largest probability
+      int64_t ties = 0;
+      for (int64_t i = top.star; i < V; ++i) ties += to_accumulation(z[i]) == top.value;
+      const A share = static_cast<A>(g[4] * P / (tau * ties));
+      for (int64_t i = top.star; i < V; ++i)
+        if (to_accumulation(z[i]) == top.value)
+          from_accumulation(to_accumulation(to[i]) + share, to + i);
+    }
+  }
+}
+
+}  // namespace
+
+void trace(const SoftmaxFisher& f, void* out, int64_t begin, int64_t end) {
+  FISHERKERN_FOR_DTYPE(f, trace_of, out, begin, end)
+}
+void stats(const SoftmaxFisher& f, void* out, int64_t begin, int64_t end) {
+  FISHERKERN_FOR_DTYPE(f, stats_of, out, begin, end)
+}
+void stats_backward(const SoftmaxFisher& f, const void* stats, const void* grad, Rows out,
+                    int64_t begin, int64_t end) {
+  FISHERKERN_FOR_DTYPE(f, stats_backward_of, stats, grad, out, begin, end)
+}
+
+}  // namespace FISHERKERN_ISA
+}  // namespace fisherkern
