@@ -27,6 +27,12 @@ inline T* row(const SoftmaxFisher& f, Rows rows, int64_t token) {
          (token % f.tokens) * rows.token_stride;
 }
 
+// The logits of the token after this one among those of a task, or null.
+template <class T>
+inline const T* next_row(const SoftmaxFisher& f, int64_t token, int64_t end) {
+  return token + 1 < end ? row<const T>(f, f.logits, token + 1) : nullptr;
+}
+
 // The weight of a token; 1 where there are none.
 template <class A>
 inline A weight(const SoftmaxFisher& f, int64_t token) {
@@ -114,8 +120,11 @@ struct Sums {
 // One pass over the e_j of a row without its star, d = z - m. Stores them to `e` (the star's 1 as
 // well) unless that is null. Accumulator 0 of N is s'; term(i, count, e_j, d, sums) adds to the
 // others. The mass of each block, star included, goes to `block_mass` unless that is null.
+//
+// Meanwhile it asks for the logits of the row `next` (if not null), so that the search for their
+// maximum finds them in the cache: without this, memory idles while exponentials are computed.
 template <int N, class T, class Term>
-inline Sums<N> exponentials(const T* z, int64_t classes, Largest<Acc<T>> top,
+inline Sums<N> exponentials(const T* z, const T* next, int64_t classes, Largest<Acc<T>> top,
                             const Exponential<Acc<T>>& exponential, Acc<T>* e, double* block_mass,
                             Term&& term) {
   using A = Acc<T>;
@@ -124,6 +133,7 @@ inline Sums<N> exponentials(const T* z, int64_t classes, Largest<Acc<T>> top,
   auto part = [&](int64_t begin, int64_t end) {
     Vec<A> sums[N] = {};
     for_lanes<A>(begin, end, [&](int64_t i, auto count) {
+      if (next) __builtin_prefetch(next + i, 0, 2);
       const Vec<A> d = load_lanes(z + i, count, lowest) - top.value;
       const Vec<A> ej = exponential(d);
       if (e) store_lanes(e + i, ej, count);
@@ -169,6 +179,29 @@ inline Distribution<Acc<T>> distribution(const SoftmaxFisher& f, int64_t token,
   if (f.logsumexp && rest == rest)
     p = std::exp(top.value / f.temperature - static_cast<const A*>(f.logsumexp)[token]);
   return {static_cast<A>(p), static_cast<A>(p * rest)};
+}
+
+// A result this large leaves the caches before anyone reads it: it is written past them.
+constexpr int64_t kStreamBytes = 16 << 20;
+
+// out[i] = value(i, lanes) over a row of a result [T, V]. `out` may be the logits.
+template <class T, class Value>
+inline void write_row(const SoftmaxFisher& f, T* out, Value&& value) {
+  using A = Acc<T>;
+  constexpr int L = kLanes<A>;
+  constexpr std::integral_constant<int, L> all{};
+  const int64_t V = f.classes;
+  if (f.batches * f.tokens * V * static_cast<int64_t>(sizeof(T)) < kStreamBytes) {
+    for_lanes<A>(0, V, [&](int64_t i, auto lanes) { store_lanes(out + i, value(i, lanes), lanes); });
+    return;
+  }
+  constexpr int64_t line = L * sizeof(T);
+  const int64_t offset = reinterpret_cast<uintptr_t>(out) % line;
+  int64_t i = std::min<int64_t>(offset ? (line - offset) / sizeof(T) : 0, V);
+  if (i > 0) store_lanes(out, value(int64_t{0}, i), i);
+  for (; i + L <= V; i += L) store_streaming(out + i, value(i, all));
+  if (i < V) store_lanes(out + i, value(i, V - i), V - i);
+  finish_streaming();
 }
 
 template <class T>

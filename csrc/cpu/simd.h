@@ -181,6 +181,37 @@ inline void store(float16* to, Vec<float> x) {
 #endif
 }
 
+// A store to an address aligned to its size that goes past the caches: the line is not read first.
+inline void store_streaming(float* to, Vec<float> x) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(to, x);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(to, x);
+#else
+  store(to, x);
+#endif
+}
+inline void store_streaming(double* to, Vec<double> x) { store(to, x); }
+
+template <class Half>
+inline void store_streaming(Half* to, Vec<float> x) {
+  alignas(kVectorBytes / 2) Half bits[kLanes<float>];
+  store(bits, x);
+#if defined(__AVX512F__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), *reinterpret_cast<const __m256i*>(bits));
+#elif defined(__AVX2__)
+  _mm_stream_si128(reinterpret_cast<__m128i*>(to), *reinterpret_cast<const __m128i*>(bits));
+#else
+  std::memcpy(to, bits, sizeof bits);
+#endif
+}
+
+inline void finish_streaming() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 // The first `count` lanes from memory, the others `fill`.
 template <class T>
 inline Vec<Acc<T>> load_some(const T* from, int64_t count, Acc<T> fill) {

@@ -14,9 +14,7 @@ void write_gradient(const SoftmaxFisher& f, Distribution<Acc<T>> p, const Acc<T>
   const A unit = w / static_cast<A>(f.temperature);
   const Vec<A> scale = broadcast(unit * p.largest);
   // out may be the logits: e holds all that is still needed of them
-  for_lanes<A>(0, f.classes, [&](int64_t i, auto count) {
-    store_lanes(out + i, load_lanes(e + i, count) * scale, count);
-  });
+  write_row(f, out, [&](int64_t i, auto count) { return load_lanes(e + i, count) * scale; });
   const A missing = label == star ? p.epsilon : 1 - p.largest * e[label];
   from_accumulation(-unit * missing, out + label);
 }
@@ -41,7 +39,7 @@ void gradient_of(const SoftmaxFisher& f, const int64_t* labels, Rows out, int64_
     }
     const T* z = row<const T>(f, f.logits, token);
     const auto top = largest(z, V);
-    const auto sums = exponentials<1>(z, V, top, exponential, e, nullptr,
+    const auto sums = exponentials<1>(z, next_row<T>(f, token, end), V, top, exponential, e, nullptr,
                                       [](int64_t, auto, Vec<A>, Vec<A>, Vec<A>*) {});
     const auto p = distribution<T>(f, token, top, sums.value[0]);
     write_gradient<T>(f, p, e, top.star, labels[token], w, to);
@@ -94,7 +92,7 @@ void sample_of(const SoftmaxFisher& f, int64_t seed, int64_t* labels, Rows out, 
     }
     const T* z = row<const T>(f, f.logits, token);
     const auto top = largest(z, V);
-    const auto sums = exponentials<1>(z, V, top, exponential, e, block_mass.data(),
+    const auto sums = exponentials<1>(z, next_row<T>(f, token, end), V, top, exponential, e, block_mass.data(),
                                       [](int64_t, auto, Vec<A>, Vec<A>, Vec<A>*) {});
     if (sums.value[0] != sums.value[0]) {
       fill_row(to, V, std::numeric_limits<A>::quiet_NaN());

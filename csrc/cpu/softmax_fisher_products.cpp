@@ -12,7 +12,7 @@ namespace {
 enum class Product { fisher, root, root_transposed };
 
 template <class T, Product kind>
-void product_row(const SoftmaxFisher& f, int64_t token, const T* z, const T* v, Acc<T> w, T* out) {
+void product_row(const SoftmaxFisher& f, int64_t token, int64_t end, const T* z, const T* v, Acc<T> w, T* out) {
   using A = Acc<T>;
   const int64_t V = f.classes;
   const Exponential<A> exponential(f.temperature);
@@ -20,7 +20,8 @@ void product_row(const SoftmaxFisher& f, int64_t token, const T* z, const T* v, 
   const auto top = largest(z, V);
   const A v_star = to_accumulation(v[top.star]);
   const auto sums = exponentials<2>(
-      z, V, top, exponential, e, nullptr, [&](int64_t i, auto count, Vec<A> ej, Vec<A>, Vec<A>* s) {
+      z, next_row<T>(f, token, end), V, top, exponential, e, nullptr,
+      [&](int64_t i, auto count, Vec<A> ej, Vec<A>, Vec<A>* s) {
         if constexpr (kind == Product::root) {
           s[1] = multiply_add(square_root(ej), load_lanes(v + i, count), s[1]);
         } else {
@@ -35,10 +36,9 @@ void product_row(const SoftmaxFisher& f, int64_t token, const T* z, const T* v, 
     const A rest = root * static_cast<A>(sums.value[1]);
     const Vec<A> along = broadcast(root * scale);
     const Vec<A> dot = broadcast(-(root * v_star + rest) * p.largest * scale);
-    for_lanes<A>(0, V, [&](int64_t i, auto count) {
+    write_row(f, out, [&](int64_t i, auto count) {
       const Vec<A> ej = load_lanes(e + i, count);
-      const Vec<A> direct = square_root(ej) * along * load_lanes(v + i, count);
-      store_lanes(out + i, multiply_add(ej, dot, direct), count);
+      return multiply_add(ej, dot, square_root(ej) * along * load_lanes(v + i, count));
     });
     from_accumulation(scale * (root * p.epsilon * v_star - p.largest * rest), out + top.star);
   } else {
@@ -46,11 +46,11 @@ void product_row(const SoftmaxFisher& f, int64_t token, const T* z, const T* v, 
     const A tau = static_cast<A>(f.temperature);
     const A scale = kind == Product::fisher ? w * p.largest / (tau * tau)
                                             : w * std::sqrt(p.largest) / tau;
-    for_lanes<A>(0, V, [&](int64_t i, auto count) {
+    write_row(f, out, [&](int64_t i, auto count) {
       const Vec<A> centred = load_lanes(v + i, count) - v_star - mean;
       Vec<A> factor = load_lanes(e + i, count);
       if constexpr (kind == Product::root_transposed) factor = square_root(factor);
-      store_lanes(out + i, factor * scale * centred, count);
+      return factor * scale * centred;
     });
   }
 }
@@ -63,7 +63,7 @@ void product(const SoftmaxFisher& f, Rows v, Rows out, int64_t begin, int64_t en
     if (w == 0) {
       fill_row(to, f.classes, Acc<T>(0));
     } else {
-      product_row<T, kind>(f, token, row<const T>(f, f.logits, token), row<const T>(f, v, token), w,
+      product_row<T, kind>(f, token, end, row<const T>(f, f.logits, token), row<const T>(f, v, token), w,
                            to);
     }
   }
@@ -102,7 +102,7 @@ void matvec_backward_of(const SoftmaxFisher& f, Rows v, Rows grad, Rows out, int
     const auto top = largest(z, V);
     const A a_star = to_accumulation(a[top.star]), b_star = to_accumulation(b[top.star]);
     const auto sums = exponentials<3>(
-        z, V, top, exponential, e, nullptr,
+        z, next_row<T>(f, token, end), V, top, exponential, e, nullptr,
         [&](int64_t i, auto count, Vec<A> ej, Vec<A>, Vec<A>* s) {
           s[1] = multiply_add(ej, load_lanes(a + i, count) - a_star, s[1]);
           s[2] = multiply_add(ej, load_lanes(b + i, count) - b_star, s[2]);
@@ -120,9 +120,8 @@ void matvec_backward_of(const SoftmaxFisher& f, Rows v, Rows grad, Rows out, int
     });
     const A mean = p.largest * static_cast<A>(horizontal_sum(products));
     const A scale = w * p.largest / static_cast<A>(f.temperature * f.temperature * f.temperature);
-    for_lanes<A>(0, V, [&](int64_t i, auto count) {
-      const Vec<A> ej = load_lanes(e + i, count);
-      store_lanes(to + i, ej * scale * (centred_product(i, count) - mean), count);
+    write_row(f, to, [&](int64_t i, auto count) {
+      return load_lanes(e + i, count) * scale * (centred_product(i, count) - mean);
     });
   }
 }
@@ -147,7 +146,7 @@ void quadratic_of(const SoftmaxFisher& f, Rows v, int64_t direction_stride, int6
     const A star = to_accumulation(directions[top.star]);
     // the first direction joins the pass over the logits; further ones read e again
     const auto sums = exponentials<2>(
-        z, V, top, exponential, e, nullptr,
+        z, next_row<T>(f, token, end), V, top, exponential, e, nullptr,
         [&](int64_t i, auto count, Vec<A> ej, Vec<A>, Vec<A>* s) {
           s[1] = multiply_add(ej, load_lanes(directions + i, count) - star, s[1]);
         });
@@ -200,13 +199,13 @@ void diagonal_of(const SoftmaxFisher& f, Rows out, int64_t begin, int64_t end) {
     }
     const T* z = row<const T>(f, f.logits, token);
     const auto top = largest(z, V);
-    const auto sums = exponentials<1>(z, V, top, exponential, e, nullptr,
+    const auto sums = exponentials<1>(z, next_row<T>(f, token, end), V, top, exponential, e, nullptr,
                                       [](int64_t, auto, Vec<A>, Vec<A>, Vec<A>*) {});
     const auto p = distribution<T>(f, token, top, sums.value[0]);
     const A scale = w * p.largest / static_cast<A>(f.temperature * f.temperature);
-    for_lanes<A>(0, V, [&](int64_t i, auto count) {
+    write_row(f, to, [&](int64_t i, auto count) {
       const Vec<A> ej = load_lanes(e + i, count);
-      store_lanes(to + i, ej * scale * (1 - ej * p.largest), count);
+      return ej * scale * (1 - ej * p.largest);
     });
     from_accumulation(scale * p.epsilon, to + top.star);
   }

@@ -25,7 +25,7 @@ void trace_of(const SoftmaxFisher& f, void* out, int64_t begin, int64_t end) {
     const T* z = row<const T>(f, f.logits, token);
     const auto top = largest(z, f.classes);
     const auto sums = exponentials<2>(
-        z, f.classes, top, exponential, static_cast<A*>(nullptr), nullptr,
+        z, next_row<T>(f, token, end), f.classes, top, exponential, static_cast<A*>(nullptr), nullptr,
         [](int64_t, auto, Vec<A> ej, Vec<A>, Vec<A>* s) { s[1] = multiply_add(ej, ej, s[1]); });
     const auto p = distribution<T>(f, token, top, sums.value[0]);
     const double P = p.largest, epsilon = p.epsilon, Q = P * P * sums.value[1];
@@ -48,7 +48,7 @@ void stats_of(const SoftmaxFisher& f, void* out, int64_t begin, int64_t end) {
     const auto top = largest(z, f.classes);
     const Vec<A> least = broadcast(std::numeric_limits<A>::lowest());
     const auto sums = exponentials<4>(
-        z, f.classes, top, exponential, static_cast<A*>(nullptr), nullptr,
+        z, next_row<T>(f, token, end), f.classes, top, exponential, static_cast<A*>(nullptr), nullptr,
         [&](int64_t, auto, Vec<A> ej, Vec<A> d, Vec<A>* s) {
           const Vec<A> square = ej * ej;
           s[1] += square;
@@ -103,13 +103,13 @@ void stats_backward_of(const SoftmaxFisher& f, const void* stats, const void* gr
     const A logarithmic = static_cast<A>(-g[1] / tau);
     const A scale = static_cast<A>(P / tau);
     const Vec<A> least = broadcast(std::numeric_limits<A>::lowest());
-    for_lanes<A>(0, V, [&](int64_t i, auto count) {
+    write_row(f, to, [&](int64_t i, auto count) {
       const Vec<A> d = load_lanes(z + i, count, lowest) - top.value;
       const Vec<A> e = exponential(d);
       Vec<A> a = multiply_add(e, broadcast(quadratic), broadcast(linear));
       a = multiply_add(e, a, broadcast(constant));
       a = multiply_add(maximum(least, d), broadcast(logarithmic), a);
-      store_lanes(to + i, e * scale * a, count);
+      return e * scale * a;
     });
     if (g[4] != 0) {  // ties share the derivative of the largest probability
       int64_t ties = 0;

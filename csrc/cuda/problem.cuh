@@ -1,0 +1,76 @@
+// The arguments of a launch in the form the kernels want, and the choice of dtype and block size.
+#pragma once
+#include <cmath>
+#include <cstdint>
+
+#include "launch.h"
+#include "packets.cuh"
+
+namespace fisherkern::cuda {
+
+struct Problem {
+  int64_t tokens;  // of one batch
+  int classes;
+  float scale;  // log2(e) / temperature
+  double temperature;
+  Rows logits;
+  const float* weights;
+  const uint8_t* mask;
+  const float* logsumexp;
+
+  explicit Problem(const SoftmaxFisher& p)
+      : tokens(p.tokens),
+        classes(static_cast<int>(p.classes)),
+        scale(static_cast<float>(1.4426950408889634 / p.temperature)),
+        temperature(p.temperature),
+        logits(p.logits),
+        weights(static_cast<const float*>(p.weights)),
+        mask(p.mask),
+        logsumexp(static_cast<const float*>(p.logsumexp)) {}
+
+  template <class T>
+  __device__ T* row(const Rows& rows, int64_t token) const {
+    return static_cast<T*>(rows.data) + token / tokens * rows.batch_stride +
+           token % tokens * rows.token_stride;
+  }
+
+  __device__ float weight(int64_t token) const {
+    if (weights) return weights[token];
+    return mask && !mask[token] ? 0.f : 1.f;
+  }
+};
+
+// Class indices and grid.x are 32-bit; offsets of rows are not.
+inline bool supported(const SoftmaxFisher& p) {
+  return p.dtype != DType::float64 && p.classes <= (1 << 30) && p.batches * p.tokens < (1ll << 31);
+}
+
+inline unsigned token_count(const SoftmaxFisher& p) {
+  return static_cast<unsigned>(p.batches * p.tokens);
+}
+
+// Enough loads in flight per row without idle warps on the short ones.
+inline int row_threads(int64_t classes) {
+  return classes < 2048 ? 128 : classes < 8192 ? 256 : classes < 32768 ? 512 : 1024;
+}
+
+// Bytes of a row cache, or 0 where the row does not fit beside the static shared memory.
+template <class T>
+size_t row_cache_bytes(int64_t classes) {
+  constexpr size_t kStatic = 8 * 1024;
+  const size_t bytes = RowCache<T>::bytes(classes);
+  return bytes + kStatic <= shared_memory_limit() ? bytes : 0;
+}
+
+template <class F>
+int dispatch(const SoftmaxFisher& p, F f) {
+  if (!supported(p)) return cudaErrorInvalidValue;
+  switch (p.dtype) {
+    case DType::float32: return f(float{});
+    case DType::bfloat16: return f(__nv_bfloat16{});
+    case DType::float16: return f(__half{});
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace fisherkern::cuda

@@ -1,0 +1,314 @@
+// Sums over the classes of one row that can be extended by a class and merged with one another.
+//
+// z logits, e the powers of exponent.cuh, m the largest logit so far. The "star" is the first class
+// with z = m: it is kept out of the primed sums, because 1 - p of a peaked row must come from the
+// other classes and not from a subtraction. Of equal maxima one is the star, the others count 1.
+#pragma once
+#include <climits>
+
+#include "exponent.cuh"
+
+namespace fisherkern::cuda {
+
+template <class State>
+__device__ inline void exchange(State& a, State& b) {
+  const State c = a;
+  a = b;
+  b = c;
+}
+
+// The largest logit and the first class that has it.
+struct Peak {
+  float m;
+  int index;
+
+  __device__ static Peak empty() { return {-INFINITY, INT_MAX}; }
+
+  __device__ void update(float z, int index_of_z) {
+    if (z > m) m = z, index = index_of_z;
+  }
+
+  __device__ void merge(const Peak& other, const Exponent&) {
+    if (other.m > m || (other.m == m && other.index < index)) *this = other;
+  }
+};
+
+// s' = sum' e; from order 2 on q2' = sum' e^2; from order 3 on q3' = sum' e^3 and the entropy term
+// h = sum e (m - z) scale (over all classes and from the reference where a logsumexp is given);
+// order 4 counts the classes that share the maximum.
+template <int kOrder>
+struct PeakTerms;
+template <>
+struct PeakTerms<1> {
+  float m, star, s;
+};
+template <>
+struct PeakTerms<2> : PeakTerms<1> {
+  float q2;
+};
+template <>
+struct PeakTerms<3> : PeakTerms<2> {
+  float q3, h;
+};
+template <>
+struct PeakTerms<4> : PeakTerms<3> {
+  float ties;
+};
+
+template <int kOrder>
+struct PeakSums : PeakTerms<kOrder> {
+  using PeakTerms<kOrder>::m;
+  using PeakTerms<kOrder>::star;
+  using PeakTerms<kOrder>::s;
+
+  __device__ static PeakSums empty() {
+    PeakSums state{};
+    state.m = -INFINITY;
+    return state;
+  }
+
+  // Every thread starts from the maximum of the whole row; its owner adds the star.
+  template <int kInputs>
+  __device__ static PeakSums at(const Peak& peak, const float (&)[kInputs]) {
+    PeakSums state = empty();
+    state.m = peak.m;
+    return state;
+  }
+
+  __device__ void settle() {}
+
+  template <int kInputs>
+  __device__ void add(float e, const float (&)[kInputs], int index, const Peak& peak) {
+    static_assert(kOrder == 1);
+    if (index == peak.index) star = e;
+    else s += e;
+  }
+
+  template <int kInputs>
+  __device__ void update(const Exponent& exponent, float z, const float (&)[kInputs], int) {
+    const Step step = exponent.step(m, z);
+    if constexpr (kOrder >= 4)
+      this->ties = step.higher ? 1.f : this->ties + (z == m ? 1.f : 0.f);
+    if (step.higher) {
+      demote(step.ratio, exponent.given ? 0.f : step.depth);
+      m = z;
+      star = step.e;
+    } else {
+      s += step.e;
+      if constexpr (kOrder >= 2) this->q2 = fmaf(step.e, step.e, this->q2);
+      if constexpr (kOrder >= 3) this->q3 = fmaf(step.e * step.e, step.e, this->q3);
+    }
+    if constexpr (kOrder >= 3)
+      if (exponent.given || !step.higher) this->h = fmaf(step.e, step.depth, this->h);
+  }
+
+  __device__ void merge(PeakSums other, const Exponent& exponent) {
+    if (other.m > m || (other.m == m && other.star > star)) exchange(*this, other);
+    if constexpr (kOrder >= 4)
+      if (other.m == m) this->ties += other.ties;
+    const float depth = fminf(exponent.distance(m, other.m), Exponent::kMaxDepth);
+    other.demote(exponent.ratio(m, other.m), exponent.given ? 0.f : depth);
+    s += other.s;
+    if constexpr (kOrder >= 2) this->q2 += other.q2;
+    if constexpr (kOrder >= 3) this->q3 += other.q3, this->h += other.h;
+  }
+
+  // The star joins the others and all are rescaled by `ratio`, 2^-depth.
+  __device__ void demote(float ratio, float depth) {
+    if constexpr (kOrder >= 3) {
+      this->h = ratio * fmaf(depth, s + star, this->h);
+      this->q3 = ratio * ratio * ratio * fmaf(star * star, star, this->q3);
+    }
+    if constexpr (kOrder >= 2) this->q2 = ratio * ratio * fmaf(star, star, this->q2);
+    s = ratio * (s + star);
+    star = 0.f;
+  }
+
+  // A maximum of -inf or inf leaves no distribution.
+  __device__ float total(const Exponent& exponent) const {
+    return exponent.given ? 1.f : isinf(m) ? NAN : 1.f + s;
+  }
+};
+
+// s = sum e, a_k = sum e (x_k - centre_k) and c_ij = sum e (x_i - mean_i)(x_j - mean_j), i of the
+// first kLeft inputs, j of the kRight after them (the same ones if kSymmetric). The centre is x at
+// the star: on a peaked row the mean is close to it, and only their difference counts.
+// While a thread reads, c is about the centre; `settle` moves it to the mean before any merge, so
+// that the rounding of that subtraction averages out over the threads.
+template <int kLeft, int kRight = 0, bool kSymmetric = false>
+struct Moments {
+  static constexpr int kInputs = kSymmetric ? kLeft : kLeft + kRight;
+  static constexpr bool kCross = kRight > 0;
+  static constexpr int kRows = kCross ? kLeft : 1, kColumns = kCross ? kRight : 1;
+  float m, s;
+  float centre[kInputs], a[kInputs];
+  float c[kRows][kColumns];
+
+  __device__ static constexpr int right(int j) { return kSymmetric ? j : kLeft + j; }
+
+  __device__ static Moments empty() {
+    Moments state{};
+    state.m = -INFINITY;
+    return state;
+  }
+
+  __device__ static Moments at(const Peak& peak, const float (&x)[kInputs]) {
+    Moments state{};
+    state.m = peak.m;
+#pragma unroll
+    for (int k = 0; k < kInputs; ++k) state.centre[k] = x[k];
+    return state;
+  }
+
+  __device__ void add(float e, const float (&x)[kInputs], int, const Peak&) { add(e, x); }
+
+  __device__ void add(float e, const float (&x)[kInputs]) {
+    float d[kInputs];
+    s += e;
+#pragma unroll
+    for (int k = 0; k < kInputs; ++k) {
+      d[k] = x[k] - centre[k];
+      a[k] = fmaf(e, d[k], a[k]);
+    }
+    if constexpr (kCross) {
+#pragma unroll
+      for (int i = 0; i < kRows; ++i)
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j)
+          if (!kSymmetric || i <= j) c[i][j] = fmaf(e * d[i], d[right(j)], c[i][j]);
+    }
+  }
+
+  __device__ void update(const Exponent& exponent, float z, const float (&x)[kInputs], int) {
+    const Step step = exponent.step(m, z);
+    if (step.higher) {
+      recentre(x, step.ratio);
+      m = z;
+      s += step.e;
+    } else {
+      add(step.e, x);
+    }
+  }
+
+  __device__ void recentre(const float (&x)[kInputs], float ratio) {
+    float shift[kInputs];
+#pragma unroll
+    for (int k = 0; k < kInputs; ++k) shift[k] = centre[k] - x[k];
+    if constexpr (kCross) {
+#pragma unroll
+      for (int i = 0; i < kRows; ++i)
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) {
+          const int r = right(j);
+          if (kSymmetric && i > j) continue;
+          c[i][j] = ratio * (c[i][j] + shift[i] * a[r] + shift[r] * fmaf(shift[i], s, a[i]));
+        }
+    }
+#pragma unroll
+    for (int k = 0; k < kInputs; ++k) {
+      a[k] = ratio * fmaf(shift[k], s, a[k]);
+      centre[k] = x[k];
+    }
+    s *= ratio;
+  }
+
+  __device__ void settle() {
+    if constexpr (kCross) {
+      const float inverse = s > 0.f ? 1.f / s : 0.f;
+#pragma unroll
+      for (int i = 0; i < kRows; ++i)
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j)
+          c[i][j] = fmaf(-a[i] * inverse, a[right(j)], c[i][j]);
+    }
+  }
+
+  // Chan, Golub and LeVeque, 1983.
+  __device__ void merge(Moments other, const Exponent& exponent) {
+    if (other.m > m) exchange(*this, other);
+    const float ratio = exponent.ratio(m, other.m);
+    const float added = ratio * other.s;
+    if constexpr (kCross) {
+      if (s > 0.f && other.s > 0.f) {
+        const float harmonic = s / (s + added) * added;
+        float d[kInputs];
+#pragma unroll
+        for (int k = 0; k < kInputs; ++k)
+          d[k] = other.centre[k] - centre[k] + (other.a[k] / other.s - a[k] / s);
+#pragma unroll
+        for (int i = 0; i < kRows; ++i)
+#pragma unroll
+          for (int j = 0; j < kColumns; ++j)
+            c[i][j] += fmaf(harmonic * d[i], d[right(j)], ratio * other.c[i][j]);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kRows; ++i)
+#pragma unroll
+          for (int j = 0; j < kColumns; ++j) c[i][j] += ratio * other.c[i][j];
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kInputs; ++k)
+      a[k] += ratio * fmaf(other.centre[k] - centre[k], other.s, other.a[k]);
+    s += added;
+  }
+
+  __device__ float total(const Exponent& exponent) const {
+    return exponent.given ? 1.f : isinf(m) ? NAN : s;
+  }
+};
+
+// For <sqrt p, v>: s' as above, b' = sum' sqrt(e) v, and v at the star.
+struct RootSums {
+  float m, star, s, b, v;
+  int index;
+
+  __device__ static RootSums empty() { return {-INFINITY, 0.f, 0.f, 0.f, 0.f, INT_MAX}; }
+
+  __device__ static RootSums at(const Peak& peak, const float (&)[1]) {
+    RootSums state = empty();
+    state.m = peak.m;
+    return state;
+  }
+
+  __device__ void settle() {}
+
+  __device__ void add(float e, const float (&x)[1], int class_index, const Peak& peak) {
+    if (class_index == peak.index) {
+      star = e, v = x[0], index = class_index;
+    } else {
+      s += e;
+      b = fmaf(sqrtf(e), x[0], b);
+    }
+  }
+
+  __device__ void update(const Exponent& exponent, float z, const float (&x)[1], int class_index) {
+    const Step step = exponent.step(m, z);
+    if (step.higher) {
+      demote(step.ratio);
+      m = z, star = step.e, v = x[0], index = class_index;
+    } else {
+      s += step.e;
+      b = fmaf(sqrtf(step.e), x[0], b);
+    }
+  }
+
+  __device__ void demote(float ratio) {
+    b = sqrtf(ratio) * fmaf(sqrtf(star), v, b);
+    s = ratio * (s + star);
+    star = 0.f;
+  }
+
+  __device__ void merge(RootSums other, const Exponent& exponent) {
+    if (other.m > m || (other.m == m && other.index < index)) exchange(*this, other);
+    other.demote(exponent.ratio(m, other.m));
+    b += other.b;
+    s += other.s;
+  }
+
+  __device__ float total(const Exponent& exponent) const {
+    return exponent.given ? 1.f : isinf(m) ? NAN : 1.f + s;
+  }
+};
+
+}  // namespace fisherkern::cuda

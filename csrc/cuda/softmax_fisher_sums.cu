@@ -1,0 +1,189 @@
+// Sums over tokens, [V]: sum w p and sum w p (1 - p) / tau^2. Deterministic, no atomics.
+//
+// 1. one block per row: what turns its logits into probabilities, into the workspace;
+// 2. grid (blocks of classes, splits of tokens): partial sums [splits, V];
+// 3. the partial sums of a class, in their order.
+#include <algorithm>
+
+#include "row_kernel.cuh"
+#include "softmax_fisher.h"
+
+namespace fisherkern::cuda {
+namespace {
+
+struct RowConstants {
+  Exponent exponent;
+  Probability probability;
+  float weight;
+};
+
+constexpr int64_t kPartials = 1 << 22;  // floats of workspace that splits may fill
+constexpr int64_t kMinSplits = 16, kMaxSplits = 1024, kMinTokens = 16;
+constexpr int kColumnThreads = 256;
+// Terms added to one float before it moves on to the total: shorter chains round less.
+constexpr int kChain = 32;
+
+int64_t split_count(const SoftmaxFisher& p) {
+  const int64_t tokens = p.batches * p.tokens;
+  const int64_t room = std::clamp(kPartials / p.classes, kMinSplits, kMaxSplits);
+  return std::min(room, (tokens + kMinTokens - 1) / kMinTokens);
+}
+
+int64_t constants_bytes(const SoftmaxFisher& p) {
+  const auto bytes = p.batches * p.tokens * static_cast<int64_t>(sizeof(RowConstants));
+  return (bytes + 255) / 256 * 256;
+}
+
+int64_t workspace(const SoftmaxFisher& p) {
+  return constants_bytes(p) + split_count(p) * p.classes * static_cast<int64_t>(sizeof(float));
+}
+
+template <class T>
+__global__ void __launch_bounds__(1024)
+    row_constants_kernel(const Problem problem, RowConstants* constants) {
+  const int64_t token = blockIdx.x;
+  Exponent exponent(problem, problem.logsumexp ? problem.logsumexp + token : nullptr);
+  Probability probability{};
+  const float weight = problem.weight(token);
+  if (weight != 0.f) {
+    auto sums = PeakSums<1>::empty();
+    if (!exponent.given) {
+      const Span span(problem.row<T>(problem.logits, token), problem.classes);
+      const RowReader<T, 0> reader(problem, span, {}, token);
+      const float unused[1] = {};
+      pipelined<4, Packet<T>>(
+          span.groups, false,
+          [&](int g, Packet<T>& packet) { packet = reader.logits.load(g, -INFINITY); },
+          [&](int, const Packet<T>& packet) {
+#pragma unroll
+            for (int j = 0; j < Packet<T>::kSize; ++j)
+              sums.update(exponent, packet.get(j), unused, 0);
+          });
+      sums = block_merge(sums, exponent);
+      exponent.reference = sums.m;
+    }
+    probability.set(sums, exponent);
+  }
+  if (threadIdx.x == 0) constants[token] = {exponent, probability, weight};
+}
+
+// `vectors`: all rows start on 16 bytes and V is whole packets; otherwise neighbouring threads take
+// neighbouring classes.
+template <class T, bool kDiagonal>
+__global__ void __launch_bounds__(kColumnThreads)
+    columns_kernel(const Problem problem, int64_t tokens, const RowConstants* constants,
+                   bool vectors, float* partials) {
+  constexpr int kSize = Packet<T>::kSize;
+  const int64_t block = static_cast<int64_t>(blockIdx.x) * blockDim.x;
+  const int64_t base = vectors ? (block + threadIdx.x) * kSize : block * kSize + threadIdx.x;
+  const int stride = vectors ? 1 : static_cast<int>(blockDim.x);
+  const int64_t share = (tokens + gridDim.y - 1) / gridDim.y;
+  const int64_t begin = blockIdx.y * share;
+  const int64_t end = begin + share < tokens ? begin + share : tokens;
+
+  float total[kSize] = {}, chain[kSize] = {};
+  int length = 0;
+  for (int64_t token = begin; token < end; ++token) {
+    const RowConstants row = constants[token];
+    if (row.weight == 0.f) continue;
+    const T* logits = problem.row<T>(problem.logits, token);
+    float z[kSize];
+    if (vectors && base < problem.classes) {
+      const uint4 q = *reinterpret_cast<const uint4*>(logits + base);
+      const Packet<T> packet{{q.x, q.y, q.z, q.w}};
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) z[j] = packet.get(j);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) {
+        const int64_t c = base + static_cast<int64_t>(j) * stride;
+        z[j] = c < problem.classes ? load_scalar(logits + c) : -INFINITY;
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) {
+      const float t = row.exponent.log2(z[j]), e = power_of_two(t);
+      float value = row.probability.p(e);
+      if (kDiagonal) value *= row.probability.one_minus_p(e, t);
+      chain[j] = fmaf(row.weight, value, chain[j]);
+    }
+    if (++length == kChain) {
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) total[j] += chain[j], chain[j] = 0.f;
+      length = 0;
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < kSize; ++j) {
+    const int64_t c = base + static_cast<int64_t>(j) * stride;
+    if (c < problem.classes)
+      partials[blockIdx.y * static_cast<int64_t>(problem.classes) + c] = total[j] + chain[j];
+  }
+}
+
+__global__ void reduce_kernel(const float* partials, int64_t classes, int splits, double factor,
+                              float* out) {
+  const int64_t c = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (c >= classes) return;
+  double total = 0;
+  for (int i = 0; i < splits; ++i) total += partials[i * classes + c];
+  out[c] = static_cast<float>(total * factor);
+}
+
+template <class T>
+bool whole_packets(const SoftmaxFisher& p) {
+  constexpr int kSize = Packet<T>::kSize;
+  return reinterpret_cast<uintptr_t>(p.logits.data) % 16 == 0 && p.classes % kSize == 0 &&
+         p.logits.batch_stride % kSize == 0 && p.logits.token_stride % kSize == 0;
+}
+
+template <bool kDiagonal>
+int launch_sums(const SoftmaxFisher& p, float* out, void* memory, void* stream) {
+  return dispatch(p, [&](auto type) {
+    using T = decltype(type);
+    const Problem problem(p);
+    const unsigned tokens = token_count(p);
+    auto* constants = static_cast<RowConstants*>(memory);
+    auto* partials =
+        reinterpret_cast<float*>(static_cast<unsigned char*>(memory) + constants_bytes(p));
+    int error = launch(row_constants_kernel<T>, dim3(tokens), row_threads(p.classes), 0, stream,
+                       problem, constants);
+    if (error) return error;
+
+    const auto splits = static_cast<unsigned>(split_count(p));
+    const int64_t per_thread = Packet<T>::kSize;
+    const int threads = static_cast<int>(std::clamp<int64_t>(
+        (p.classes + 32 * per_thread - 1) / (32 * per_thread) * 32, 32, kColumnThreads));
+    const auto blocks =
+        static_cast<unsigned>((p.classes + threads * per_thread - 1) / (threads * per_thread));
+    error = launch(columns_kernel<T, kDiagonal>, dim3(blocks, splits), threads, 0, stream, problem,
+                   static_cast<int64_t>(tokens), constants, whole_packets<T>(p), partials);
+    if (error) return error;
+
+    const double factor = kDiagonal ? 1.0 / (p.temperature * p.temperature) : 1.0;
+    return launch(reduce_kernel, dim3(static_cast<unsigned>((p.classes + 127) / 128)), 128, 0,
+                  stream, partials, p.classes, static_cast<int>(splits), factor, out);
+  });
+}
+
+}  // namespace
+
+int64_t softmax_fisher_diagonal_sum_workspace(const SoftmaxFisher& problem) {
+  return workspace(problem);
+}
+
+int softmax_fisher_diagonal_sum(const SoftmaxFisher& problem, float* out, void* memory,
+                                void* stream) {
+  return launch_sums<true>(problem, out, memory, stream);
+}
+
+int64_t softmax_fisher_mean_probs_workspace(const SoftmaxFisher& problem) {
+  return workspace(problem);
+}
+
+int softmax_fisher_mean_probs(const SoftmaxFisher& problem, float* out, void* memory,
+                              void* stream) {
+  return launch_sums<false>(problem, out, memory, stream);
+}
+
+}  // namespace fisherkern::cuda
