@@ -1,6 +1,7 @@
 // Every schema of the compiled back ends, and the build information that Python asks for. The
 // implementations register themselves per device: cpu/bindings.cpp, cuda/bindings.cpp.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 #include <torch/csrc/stable/library.h>
 
 #include <string>

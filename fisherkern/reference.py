@@ -1,8 +1,8 @@
 """The definition of every op in plain PyTorch: short enough to trust, slow enough to avoid.
 
-Signatures are those of :mod:`fisherkern.ops`. Tests take their float64 truth from here, and this
-module is itself tested against autograd, dense algebra and Monte Carlo. It is also the back end of
-last resort, so half-precision logits are computed in float32.
+Signatures are those of :mod:`fisherkern.ops`. Everything is computed in float64 and rounded once at
+the end: tests take their truth from here, and this module is itself tested against autograd, dense
+algebra and Monte Carlo. It is also the back end of last resort.
 
 Notation: T tokens (all leading dimensions flattened), V classes, z logits, τ temperature,
 p = softmax(z / τ), w token weights, N = Σ w; F_t = (diag p_t − p_t p_tᵀ) / τ².
@@ -59,13 +59,22 @@ def normalised(weights: Tensor | None, logits: Tensor, reduction: str) -> Tensor
 
 
 def _scaled_logits(logits: Tensor, temperature: float, weights: Tensor | None) -> Tensor:
-    """z / τ in the accumulation dtype, with the rows of weight zero replaced by zeros."""
-    x = logits.to(accumulation_dtype(logits.dtype)) / temperature
+    """z / τ in float64, with the rows of weight zero replaced by zeros."""
+    x = logits.double() / temperature
     return x if weights is None else torch.where((weights == 0)[..., None], 0.0, x)
 
 
 def _probabilities(x: Tensor, logsumexp: Tensor | None) -> Tensor:
     return torch.softmax(x, -1) if logsumexp is None else torch.exp(x - logsumexp[..., None])
+
+
+def _complement(p: Tensor) -> Tensor:
+    """1 − p, where that of the most likely class is the sum of the others: 1 − p would cancel."""
+    if p.shape[-1] == 0:
+        return p
+    top = p.argmax(-1, keepdim=True)
+    others = p.scatter(-1, top, 0.0).sum(-1, keepdim=True)
+    return (1 - p).scatter(-1, top, others)
 
 
 def _weighted(rows: Tensor, weights: Tensor | None) -> Tensor:
@@ -81,7 +90,8 @@ def _reduced(values: Tensor, weights: Tensor | None, logits: Tensor, reduction: 
     w = normalised(weights, logits, reduction)
     if w is not None:
         values = torch.where(w == 0, 0.0, values * w)
-    return values if reduction == "none" else values.sum()
+    values = values if reduction == "none" else values.sum()
+    return values.to(accumulation_dtype(logits.dtype))
 
 
 def softmax_fisher_matvec(
@@ -176,6 +186,7 @@ def softmax_fisher_quadratic(
         covariance = torch.where((w == 0)[..., None, None], 0.0, covariance * w[..., None, None])
     if reduction != "none":
         covariance = covariance.flatten(0, -3).sum(0)
+    covariance = covariance.to(accumulation_dtype(logits.dtype))
     return covariance if v.ndim > logits.ndim else covariance[..., 0, 0]
 
 
@@ -191,8 +202,10 @@ def softmax_fisher_diagonal(
     """w p (1 − p) / τ² per token, or summed or averaged over tokens to [V]."""
     w = token_weights(logits, mask, weights)
     p = _probabilities(_scaled_logits(logits, temperature, w), logsumexp)
-    rows = _weighted(p * (1 - p) / temperature**2, normalised(w, logits, reduction))
-    return rows.to(logits.dtype) if reduction == "none" else rows.flatten(0, -2).sum(0)
+    rows = _weighted(p * _complement(p) / temperature**2, normalised(w, logits, reduction))
+    if reduction == "none":
+        return rows.to(logits.dtype)
+    return rows.flatten(0, -2).sum(0).to(accumulation_dtype(logits.dtype))
 
 
 def softmax_fisher_mean_probs(
@@ -207,7 +220,8 @@ def softmax_fisher_mean_probs(
     """D̄ = Σ w p / N, the diagonal part of the mean Fisher (τ = 1), or Σ w p."""
     w = token_weights(logits, mask, weights)
     p = _probabilities(_scaled_logits(logits, temperature, w), logsumexp)
-    return _weighted(p, normalised(w, logits, reduction)).flatten(0, -2).sum(0)
+    total = _weighted(p, normalised(w, logits, reduction)).flatten(0, -2).sum(0)
+    return total.to(accumulation_dtype(logits.dtype))
 
 
 def softmax_fisher_trace(
@@ -222,7 +236,7 @@ def softmax_fisher_trace(
     """w tr F = w Σ p (1 − p) / τ²."""
     w = token_weights(logits, mask, weights)
     p = _probabilities(_scaled_logits(logits, temperature, w), logsumexp)
-    return _reduced((p * (1 - p)).sum(-1) / temperature**2, w, logits, reduction)
+    return _reduced((p * _complement(p)).sum(-1) / temperature**2, w, logits, reduction)
 
 
 def softmax_fisher_stats(
@@ -236,18 +250,26 @@ def softmax_fisher_stats(
     """w times the logsumexp, entropy, trace, tr F² and largest probability of each token."""
     w = token_weights(logits, mask, weights)
     x = _scaled_logits(logits, temperature, w)
-    lse = torch.logsumexp(x, -1) if logsumexp is None else logsumexp.to(x.dtype)
-    log_p = x - lse[..., None]
-    p = log_p.exp()
-    s2, s3 = (p**2).sum(-1), (p**3).sum(-1)
+    if logsumexp is None:
+        lse, log_p = torch.logsumexp(x, -1), torch.log_softmax(x, -1)
+    else:
+        lse, log_p = logsumexp, x - logsumexp[..., None]
+    p = _probabilities(x, logsumexp)
+    rest = _complement(p)
     # p log p → 0 at p = 0, where log p is −inf; `where` on both sides keeps autograd finite too
     entropy = -(p * torch.where(p > 0, log_p, torch.where(p == 0, 0.0, log_p))).sum(-1)
-    largest = p.amax(-1) if p.shape[-1] else torch.zeros_like(s2)
+    largest = p.amax(-1) if p.shape[-1] else torch.zeros_like(lse)
+    # tr F² = Σ_i p_i² ((1 − p_i)² + Σ_{j≠i} p_j²); without the largest class nothing cancels
+    square = p * p
+    top = square.argmax(-1, keepdim=True) if p.shape[-1] else None
+    others = square.sum(-1, keepdim=True) - square
+    if top is not None:
+        others = others.scatter(-1, top, square.scatter(-1, top, 0.0).sum(-1, keepdim=True))
     values = (
         lse,
         entropy,
-        (p * (1 - p)).sum(-1) / temperature**2,
-        (s2 - 2 * s3 + s2**2) / temperature**4,
+        (p * rest).sum(-1) / temperature**2,
+        (square * (rest * rest + others)).sum(-1) / temperature**4,
         largest,
     )
     return SoftmaxFisherStats(*(_reduced(value, w, logits, "none") for value in values))
@@ -270,7 +292,7 @@ def softmax_fisher_gradient(
     w = kept if w is None else torch.where(valid, w, 0.0)
     p = _probabilities(_scaled_logits(logits, temperature, w), logsumexp)
     classes = torch.arange(logits.shape[-1], device=logits.device)
-    gradient = (p - (classes == labels[..., None]).to(p.dtype)) / temperature
+    gradient = torch.where(classes == labels[..., None], -_complement(p), p) / temperature
     return _weighted(gradient, w).to(logits.dtype)
 
 
@@ -289,7 +311,7 @@ def softmax_fisher_sample(
     tokens and rows without a distribution (NaN) have label −100.
     """
     w = token_weights(logits, mask, weights)
-    p = torch.softmax(_scaled_logits(logits, temperature, w).double(), -1)
+    p = torch.softmax(_scaled_logits(logits, temperature, w), -1)
     cumulative = p.cumsum(-1)
     tokens = torch.arange(logits.shape[:-1].numel(), device=logits.device)
     u = philox_uniform(seed, tokens).view(logits.shape[:-1])
@@ -342,7 +364,7 @@ def softmax_fisher_stats_backward(
     p (g_lse + a − ⟨p, a⟩) / τ with a = −g_H log p − 2 g_tr p / τ² + g_tr2 (2p − 6p² + 4 p Σp²) / τ⁴,
     and g_max p_max (e_argmax − p) / τ for the last one, shared evenly between ties.
     """
-    x = logits.to(stats.dtype) / temperature
+    x, stats, grad = logits.double() / temperature, stats.double(), grad.double()
     if mask is not None:
         x = torch.where(mask[..., None], x, 0.0)
         stats = torch.where(mask[..., None], stats, 0.0)

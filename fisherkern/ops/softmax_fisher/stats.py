@@ -111,7 +111,7 @@ def _backward_reference(
 def _stats_backward_vjp(inputs: Sequence[Any], _: Tensor, grad: Tensor, needs: Any) -> list[Any]:
     # second derivatives go through plain PyTorch, with temporaries of the size of the logits
     function, positions = _through_reference(_backward_reference, inputs)
-    _, pullback = torch.func.vjp(function, *(inputs[i] for i in positions))
+    pullback = torch.func.vjp(function, *(inputs[i] for i in positions))[1]
     result: list[Any] = [None] * len(inputs)
     for i, value in zip(positions, pullback(grad), strict=True):
         result[i] = value

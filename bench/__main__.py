@@ -1,0 +1,7 @@
+"""``python -m fisherkern.bench``."""
+
+import sys
+
+from fisherkern.bench.cli import main
+
+sys.exit(main())

