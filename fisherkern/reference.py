@@ -74,7 +74,8 @@ def _complement(p: Tensor) -> Tensor:
         return p
     top = p.argmax(-1, keepdim=True)
     others = p.scatter(-1, top, 0.0).sum(-1, keepdim=True)
-    return (1 - p).scatter(-1, top, others)
+    # p - p is zero, or the NaN that the scatter may have covered
+    return (1 - p).scatter(-1, top, others) + (p - p)
 
 
 def _weighted(rows: Tensor, weights: Tensor | None) -> Tensor:

@@ -75,12 +75,4 @@ def per_class_output(logits: Tensor) -> Tensor:
 def per_token_output(logits: Tensor, *trailing: int) -> Tensor:
     """A new tensor [<lead>, *trailing] in the accumulation dtype."""
     dtype = accumulation_dtype(logits.dtype)
-    return torch.empty(*logits.shape[:-1], *trailing, dtype=dtype, device=logits.device)
-
-
-# Paragraphs that the docstrings of this family refer to, stated once.
-COMMON_ARGUMENTS = """
-``logits`` [..., V]: float32, bfloat16, float16, or float64 (CPU and reference back ends). Leading
-dimensions and strides are free; an operand is copied only if its class dimension is strided or its
-leading dimensions cannot be viewed as two.
-"""
+    return torch.empty((*logits.shape[:-1], *trailing), dtype=dtype, device=logits.device)

@@ -126,9 +126,9 @@ def _probabilities(logits: Tensor, weights: Tensor | None, temperature: float) -
     return torch.softmax(x if weights is None else torch.where((weights == 0)[..., None], 0, x), -1)
 
 
-def _weight_gradient(rows: Tensor, grad: Tensor, weights: Tensor) -> Tensor:
-    """Σ grad · rows for rows computed with weights of one, where a weight is not zero."""
-    return torch.where(weights == 0, 0, (rows * grad).sum(-1, dtype=weights.dtype))
+def _unit(weights: Tensor) -> Tensor:
+    """Weights of one where there is any. With them an op gives its derivative in the weights."""
+    return (weights != 0).to(weights.dtype)
 
 
 def _matvec_vjp(inputs: Sequence[Any], _: Tensor, grad: Tensor, needs: Needs) -> list[Any]:
@@ -138,9 +138,8 @@ def _matvec_vjp(inputs: Sequence[Any], _: Tensor, grad: Tensor, needs: Needs) ->
     g_v = matvec(logits, grad, *common) if needs[1] else None
     g_weights = None
     if needs[2]:
-        valid = (weights != 0).to(weights.dtype)
-        rows = matvec(logits, v, valid, logsumexp, temperature)
-        g_weights = _weight_gradient(rows, grad, weights)
+        rows = matvec(logits, v, _unit(weights), logsumexp, temperature)
+        g_weights = (rows * grad).sum(-1, dtype=weights.dtype)
     return [g_logits, g_v, g_weights, None, None]
 
 
@@ -152,6 +151,9 @@ def _matvec_jvp(inputs: Sequence[Any], output: Tensor, tangents: Sequence[Any]) 
         result = result + matvec_backward(logits, v, tangents[0], *common)
     if tangents[1] is not None:
         result = result + matvec(logits, tangents[1], *common)
+    if tangents[2] is not None:
+        rows = matvec(logits, v, _unit(weights), logsumexp, temperature)
+        result = result + rows * tangents[2][..., None].to(rows.dtype)
     return result
 
 
@@ -188,9 +190,8 @@ def _matvec_backward_vjp(
     g_g = matvec_backward(logits, v, grad, *common) if needs[2] else None
     g_weights = None
     if needs[3]:
-        valid = (weights != 0).to(weights.dtype)
-        rows = matvec_backward(logits, v, g, valid, logsumexp, temperature)
-        g_weights = _weight_gradient(rows, grad, weights)
+        rows = matvec_backward(logits, v, g, _unit(weights), logsumexp, temperature)
+        g_weights = (rows * grad).sum(-1, dtype=weights.dtype)
     return [g_logits, g_v, g_g, g_weights, None, None]
 
 
@@ -206,6 +207,9 @@ def _matvec_backward_jvp(
         result = result + matvec_backward(logits, tangents[1], g, *common)
     if tangents[2] is not None:
         result = result + matvec_backward(logits, v, tangents[2], *common)
+    if tangents[3] is not None:
+        rows = matvec_backward(logits, v, g, _unit(weights), logsumexp, temperature)
+        result = result + rows * tangents[3][..., None].to(rows.dtype)
     return result
 
 

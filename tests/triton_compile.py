@@ -1,0 +1,218 @@
+"""Compile Triton kernels for GPUs that are not here, and list what there is to compile.
+
+Each kernel module has a tuple ``AOT`` of (kernel, family in `_config.LAUNCHES` or None, constexpr
+variants) beside its kernels, where a constant may be a function of the rule. Types follow from the
+names of arguments, so a new argument without a type fails loudly. Needs a process without
+TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import importlib
+import inspect
+import io
+import pkgutil
+import re
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import fisherkern.kernels
+from fisherkern.kernels import _config
+
+TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32)}
+# Largest shared memory of a block, in bytes.
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
+
+# Pointers to rows take the type of the logits; the rest is fixed by the calling convention.
+_ROWS = {"z_ptr", "v_ptr", "g_ptr", "out_ptr"}
+_FLOATS = {"partial_ptr", "state_ptr", "stats_ptr", "grad_ptr", "weights_ptr", "lse_ptr"}
+_TYPES = {"mask_ptr": "*i1", "labels_ptr": "*i64", "seed_ptr": "*i64"}
+_TYPES |= dict.fromkeys(_FLOATS, "*fp32")
+_TYPES |= dict.fromkeys(("scale", "scale_low"), "fp32")
+_SIZES = {
+    "inner",
+    "classes",
+    "tokens",
+    "tokens_per_split",
+    "splits",
+    "classes_per_split",
+    "directions",
+    "pairs",
+}
+_STRIDE = re.compile(r"(z|v|g|out)_(outer|inner|direction)")
+# Kernels whose `out` is not a row of the dtype of the logits.
+_FLOAT_OUTPUT = {
+    "quadratic_kernel",
+    "statistics_kernel",
+    "merge_statistics_kernel",
+    "add_splits_kernel",
+}
+
+
+class Operands(NamedTuple):
+    """What a launch specialises on: dtype, alignment of rows, and which operands are None."""
+
+    dtype: str
+    aligned: bool
+    absent: tuple[str, ...]
+    unit: bool = False
+    """Every size and stride is 1, which a launch turns into a constant."""
+
+
+# Aligned rows load 16 bytes at once and take the most registers; 50257 classes are not aligned.
+OPERANDS = (
+    Operands("bf16", True, ("lse_ptr",)),
+    Operands("fp32", True, ("lse_ptr",)),
+    Operands("fp16", False, ("weights_ptr", "mask_ptr")),
+)
+UNIT = Operands("fp32", False, ("lse_ptr",), unit=True)
+
+
+class Case(NamedTuple):
+    """One compilation."""
+
+    kernel: Any
+    target: str
+    operands: Operands
+    constants: dict[str, Any]
+    warps: int
+
+    def __str__(self) -> str:
+        constants = "-".join(f"{name}{value}" for name, value in self.constants.items())
+        dtype = self.operands.dtype
+        unit = "-unit" if self.operands.unit else ""
+        return f"{self.kernel.__name__}-{self.target}-{dtype}{unit}-{constants}-{self.warps}warps"
+
+
+class Report(NamedTuple):
+    """What the assembler says of a kernel."""
+
+    registers: int
+    spills: int
+    stack: int
+    shared: int
+    wide: bool
+    """Whether it loads 16 bytes at once."""
+
+
+def kernel_modules() -> list[ModuleType]:
+    """The modules of the back end, host code and helpers included."""
+    package = fisherkern.kernels
+    found = pkgutil.iter_modules(package.__path__, package.__name__ + ".")
+    return [importlib.import_module(info.name) for info in found]
+
+
+def launched_kernels(module: ModuleType) -> set[str]:
+    """Names of what a module launches: every ``name[grid](...)`` in its source."""
+    calls = (x for x in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(x, ast.Call))
+    launches = (x.func.value for x in calls if isinstance(x.func, ast.Subscript))
+    return {x.id for x in launches if isinstance(x, ast.Name)}
+
+
+def cases() -> Iterator[Case]:
+    """Every kernel in every configuration, for both architectures and all three dtypes."""
+    for module in kernel_modules():
+        for kernel, family, variants in getattr(module, "AOT", ()):
+            # without logits there is no dtype to vary
+            operands = OPERANDS if "z_ptr" in kernel.arg_names else OPERANDS[:1]
+            for target in TARGETS:
+                launches = list(_launches(target, family, variants))
+                for constants, warps in launches:
+                    for choice in operands:
+                        yield Case(kernel, target, choice, constants, warps)
+                yield Case(kernel, target, UNIT, *launches[0])
+
+
+def _launches(
+    target: str, family: str | None, variants: tuple[dict, ...]
+) -> Iterator[tuple[dict, int]]:
+    for variant in variants:
+        if family is None:
+            yield variant, 1
+            continue
+        for rule in _config.LAUNCHES[target][family]:
+            constants = {x: y(rule) if callable(y) else y for x, y in variant.items()}
+            yield {**constants, "BLOCK": rule.launch.block}, rule.launch.warps
+
+
+def _type(kernel: Any, name: str, dtype: str) -> str:
+    if name in _ROWS:
+        floats = name == "out_ptr" and kernel.__name__ in _FLOAT_OUTPUT
+        return "*fp32" if floats else f"*{dtype}"
+    if _is_size(name):
+        return "i32"
+    return _TYPES[name]
+
+
+def _is_size(name: str) -> bool:
+    return name in _SIZES or bool(_STRIDE.fullmatch(name))
+
+
+def _is_aligned(name: str, kind: str, rows_aligned: bool) -> bool:
+    """Whether a launch would find this argument divisible by 16."""
+    if kind.startswith("*"):
+        return True
+    if name == "classes_per_split":  # whole tiles
+        return True
+    return rows_aligned and bool(name == "classes" or _STRIDE.fullmatch(name))
+
+
+def source(case: Case) -> ASTSource:
+    """What triton.compile takes: the kernel, specialised as a launch would."""
+    names = case.kernel.arg_names
+    constants = dict(case.constants)
+    # a variant that leaves an operand out needs the others
+    if None not in constants.values():
+        constants |= {name: None for name in case.operands.absent if name in names}
+    if case.operands.unit:
+        constants |= {name: 1 for name in names if _is_size(name)}
+    types = {
+        name: "constexpr" if name in constants else _type(case.kernel, name, case.operands.dtype)
+        for name in names
+    }
+    aligned = (
+        i
+        for i, (name, kind) in enumerate(types.items())
+        if kind != "constexpr" and _is_aligned(name, kind, case.operands.aligned)
+    )
+    return ASTSource(
+        fn=case.kernel,
+        signature=types,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+
+
+def compiled(case: Case) -> Report:
+    """Compile a case and read the log of the assembler."""
+    # a cached kernel has no log
+    with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope():
+        triton.knobs.nvidia.dump_ptxas_log = True
+        triton.knobs.compilation.always_compile = True
+        log = io.StringIO()
+        with contextlib.redirect_stdout(log):
+            kernel = triton.compile(
+                source(case),
+                target=TARGETS[case.target],
+                options={"num_warps": case.warps, "enable_fp_fusion": True},
+            )
+
+    def figure(pattern: str) -> int:
+        found = re.search(pattern, log.getvalue())
+        assert found, f"no {pattern!r} in the log of {case}:\n{log.getvalue()}"
+        return int(found[1])
+
+    return Report(
+        registers=figure(r"Used (\d+) registers"),
+        spills=figure(r"(\d+) bytes spill stores") + figure(r"(\d+) bytes spill loads"),
+        stack=figure(r"(\d+) bytes stack frame"),
+        shared=kernel.metadata.shared,
+        wide=bool(re.search(r"ld\.global\S*\.v4\.b32", kernel.asm["ptx"])),
+    )
