@@ -105,12 +105,16 @@ def reason_against() -> str:
 def architectures() -> list[str]:
     """`-gencode` values from TORCH_CUDA_ARCH_LIST, by default 8.0 and 9.0 with its PTX."""
     flags: list[str] = []
-    for entry in (os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0+PTX").replace(" ", ";").split(";"):
+    for entry in (
+        (os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0+PTX").replace(" ", ";").split(";")
+    ):
         if not entry:
             continue
         found = re.fullmatch(r"(\d+)\.(\d+)(a?)(\+PTX)?", entry)
         if not found:
-            raise BuildError(f"TORCH_CUDA_ARCH_LIST has {entry!r}; expected such as 8.0;9.0a;9.0+PTX")
+            raise BuildError(
+                f"TORCH_CUDA_ARCH_LIST has {entry!r}; expected such as 8.0;9.0a;9.0+PTX"
+            )
         number = found[1] + found[2] + found[3]
         flags.append(f"arch=compute_{number},code=sm_{number}")
         if found[4]:
@@ -133,7 +137,9 @@ def _cuda(torch_cuda: str | None) -> Path | None:
 
 def _quoted(command: list[str]) -> str:
     # ninja's own escape is $, then the shell's quotes
-    return " ".join("'" + part.replace("$", "$$") + "'" if part != "$in" else part for part in command)
+    return " ".join(
+        "'" + part.replace("$", "$$") + "'" if part != "$in" else part for part in command
+    )
 
 
 class _Ninja:
@@ -176,13 +182,23 @@ def extension(target: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
 
-    common = [compiler, "-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
+    common = [
+        compiler,
+        "-O3",
+        "-std=c++20",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-fvisibility-inlines-hidden",
+    ]
     common += ["-Wall", "-Wextra", "-Wno-unused-parameter", STABLE_ABI, f"-isystem{torch}/include"]
     common += [f"-isystem{torch}/include/torch/csrc/api/include"]
     common += [f"-isystem{sysconfig.get_paths()['include']}"]
     common += ["-DFISHERKERN_X86"] if x86 else []
     gencodes = architectures() if cuda else []
-    information = [f'-DFISHERKERN_COMPILER="{Path(compiler).name}"', f'-DFISHERKERN_TORCH="{version}"']
+    information = [
+        f'-DFISHERKERN_COMPILER="{Path(compiler).name}"',
+        f'-DFISHERKERN_TORCH="{version}"',
+    ]
     if cuda:
         names = [flag.rpartition("code=")[2] for flag in gencodes]
         information.append(f'-DFISHERKERN_CUDA_ARCHITECTURES="{";".join(names)}"')
@@ -197,10 +213,24 @@ def extension(target: Path) -> None:
             rule = f"{source.stem}_{name}"
             command = [*common, *flags, *KERNEL_FLAGS, f"-DFISHERKERN_ISA={name}"]
             build.compile(rule, command, source, f"{rule}.o")
-    libraries = [f"-L{torch}/lib", "-Wl,--no-as-needed", "-lc10", "-ltorch_cpu", "-Wl,--as-needed", "-ldl"]
+    libraries = [
+        f"-L{torch}/lib",
+        "-Wl,--no-as-needed",
+        "-lc10",
+        "-ltorch_cpu",
+        "-Wl,--as-needed",
+        "-ldl",
+    ]
     if cuda:
         root = toolkit(cuda)
-        command = [str(cuda), "-O3", "-std=c++17", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+        command = [
+            str(cuda),
+            "-O3",
+            "-std=c++17",
+            "-lineinfo",
+            "-Xcompiler",
+            "-fPIC,-fvisibility=hidden",
+        ]
         command += ["-ccbin", compiler, "-Xptxas", "-v"]
         for flag in gencodes:
             command += ["-gencode", flag]
@@ -208,7 +238,9 @@ def extension(target: Path) -> None:
             build.compile(f"cuda_{source.stem}", command, source, f"cuda_{source.stem}.o")
         for source in sorted((SOURCES / "cuda").glob("*.cpp")):
             include = f"-isystem{root}/include"
-            build.compile(f"cuda_{source.stem}", [*common, include], source, f"cuda_{source.stem}.o")
+            build.compile(
+                f"cuda_{source.stem}", [*common, include], source, f"cuda_{source.stem}.o"
+            )
         library = next((p for p in (root / "lib64", root / "lib") if p.exists()), root / "lib64")
         libraries += [f"-L{library}", "-lcudart_static", "-lrt", "-lpthread"]
     build.link([compiler, "-shared"], libraries, target.resolve())
@@ -219,4 +251,6 @@ def extension(target: Path) -> None:
         [*ninja, "-C", str(folder), *(["-j", jobs] if jobs else [])], capture_output=True, text=True
     )
     if done.returncode:
-        raise BuildError(f"{done.stdout}\n{done.stderr}\nfisherkern: the C++ extension failed to build")
+        raise BuildError(
+            f"{done.stdout}\n{done.stderr}\nfisherkern: the C++ extension failed to build"
+        )

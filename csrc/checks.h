@@ -47,6 +47,21 @@ inline void* flat_of(const Tensor& tensor, const Tensor& logits, int64_t element
   return tensor.data_ptr();
 }
 
+// Directions [batches, tokens, K, classes] for quadratic forms.
+struct Directions {
+  Rows rows;
+  int64_t stride;
+  int64_t count;
+};
+
+inline Directions directions_of(const Tensor& v, const Tensor& logits) {
+  STD_TORCH_CHECK(v.dim() == 4 && v.size(0) == logits.size(0) && v.size(1) == logits.size(1) &&
+                      v.size(3) == logits.size(2) && v.scalar_type() == logits.scalar_type(),
+                  "v must be [batches, tokens, directions, classes] of the dtype of logits");
+  STD_TORCH_CHECK(v.stride(3) == 1 || v.size(3) == 1, "v must have a class stride of 1");
+  return {{v.data_ptr(), v.stride(0), v.stride(1)}, v.stride(2), v.size(2)};
+}
+
 inline SoftmaxFisher problem_of(const Tensor& logits, const std::optional<Tensor>& weights,
                                 const std::optional<Tensor>& mask,
                                 const std::optional<Tensor>& logsumexp, double temperature) {

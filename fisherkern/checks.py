@@ -118,10 +118,14 @@ def _per_token(name: str, value: Tensor, z: Tensor) -> None:
         )
 
 
-def mask_or_weights(mask: object, weights: object, z: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def mask_or_weights(
+    mask: object, weights: object, z: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
     """A bool mask or float weights over the tokens, not both; the weights not differentiable."""
     if mask is not None and weights is not None:
-        raise ValueError("mask and weights were both given; pass one (a mask is weights of 0 and 1)")
+        raise ValueError(
+            "mask and weights were both given; pass one (a mask is weights of 0 and 1)"
+        )
     m = w = None
     if mask is not None:
         m = tensor("mask", mask)
@@ -133,7 +137,9 @@ def mask_or_weights(mask: object, weights: object, z: Tensor) -> tuple[Tensor | 
         if w.dtype not in FLOATING:
             raise TypeError(f"weights has dtype {w.dtype}; allowed are {_names(FLOATING)}")
         if w.requires_grad:
-            raise ValueError("weights requires grad; ops do not differentiate it: pass a detached one")
+            raise ValueError(
+                "weights requires grad; ops do not differentiate it: pass a detached one"
+            )
         _per_token("weights", w, z)
     return m, w
 
@@ -168,7 +174,9 @@ def integer(name: str, value: object) -> int:
     return value
 
 
-def out(value: object, shape: Sequence[int], dtype: torch.dtype, inputs: dict[str, Tensor]) -> Tensor:
+def out(
+    value: object, shape: Sequence[int], dtype: torch.dtype, inputs: dict[str, Tensor]
+) -> Tensor:
     """A destination of exactly this shape and dtype that neither input nor itself overlaps."""
     o = tensor("out", value)
     z = inputs["logits"]
@@ -177,7 +185,9 @@ def out(value: object, shape: Sequence[int], dtype: torch.dtype, inputs: dict[st
     if o.dtype != dtype:
         raise TypeError(f"out has dtype {o.dtype}; expected {dtype}")
     device("out", o, z)
-    if o.requires_grad or any(t.requires_grad for t in inputs.values()) and torch.is_grad_enabled():
+    if o.requires_grad or (
+        any(t.requires_grad for t in inputs.values()) and torch.is_grad_enabled()
+    ):
         raise ValueError("out= does not support autograd: an argument requires grad")
     return o
 
@@ -189,7 +199,9 @@ def generator(value: object, z: Tensor) -> torch.Generator | None:
     if not isinstance(value, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator or None, not {type(value).__name__}")
     if value.device.type != z.device.type:
-        raise ValueError(f"generator is on {value.device}; expected the device of logits, {z.device}")
+        raise ValueError(
+            f"generator is on {value.device}; expected the device of logits, {z.device}"
+        )
     return value
 
 
@@ -197,7 +209,11 @@ def overwritable(value: object) -> Tensor:
     """Logits that an in-place op may write over."""
     z = logits(value)
     if z.requires_grad and torch.is_grad_enabled():
-        raise ValueError("logits requires grad; an in-place op cannot write over it: detach it first")
+        raise ValueError(
+            "logits requires grad; an in-place op cannot write over it: detach it first"
+        )
     if any(size > 1 and step == 0 for size, step in zip(z.shape, z.stride(), strict=True)):
-        raise ValueError(f"logits has strides {z.stride()}: its elements share memory; clone it first")
+        raise ValueError(
+            f"logits has strides {z.stride()}: its elements share memory; clone it first"
+        )
     return z

@@ -20,7 +20,7 @@ IGNORE_INDEX = -100
 
 
 class SoftmaxFisherStats(NamedTuple):
-    """Per-token statistics of p = softmax(z / τ); every field has the leading shape of the logits."""
+    """Per-token statistics of p = softmax(z / τ), each of the leading shape of the logits."""
 
     logsumexp: Tensor
     """log Σ exp(z / τ), in nats."""
@@ -40,7 +40,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def token_weights(logits: Tensor, mask: Tensor | None, weights: Tensor | None) -> Tensor | None:
-    """One tensor [...] of weights in the accumulation dtype, or None where every token counts once."""
+    """Weights [...] in the accumulation dtype, or None where every token counts once."""
     if weights is None:
         weights = mask
     return None if weights is None else weights.to(accumulation_dtype(logits.dtype))
@@ -59,7 +59,7 @@ def normalised(weights: Tensor | None, logits: Tensor, reduction: str) -> Tensor
 
 
 def _scaled_logits(logits: Tensor, temperature: float, weights: Tensor | None) -> Tensor:
-    """z / τ in float64, with the rows of weight zero replaced by zeros."""
+    """Z / τ in float64, with the rows of weight zero replaced by zeros."""
     x = logits.double() / temperature
     return x if weights is None else torch.where((weights == 0)[..., None], 0.0, x)
 
@@ -104,7 +104,7 @@ def softmax_fisher_matvec(
     weights: Tensor | None = None,
     logsumexp: Tensor | None = None,
 ) -> Tensor:
-    """w F v = w p ⊙ (v − ⟨p, v⟩) / τ²."""
+    """W F v = w p ⊙ (v − ⟨p, v⟩) / τ²."""
     w = token_weights(logits, mask, weights)
     p = _probabilities(_scaled_logits(logits, temperature, w), logsumexp)
     v = v.to(p.dtype)
@@ -175,7 +175,7 @@ def softmax_fisher_quadratic(
     logsumexp: Tensor | None = None,
     reduction: str = "none",
 ) -> Tensor:
-    """w vᵀ F v = w Var_p(v) / τ²; K directions [..., K, V] give their covariance [..., K, K]."""
+    """W vᵀ F v = w Var_p(v) / τ²; K directions [..., K, V] give their covariance [..., K, K]."""
     w = token_weights(logits, mask, weights)
     p = _probabilities(_scaled_logits(logits, temperature, w), logsumexp)[..., None, :]
     directions = v if v.ndim > logits.ndim else v.expand(logits.shape)[..., None, :]
@@ -200,7 +200,7 @@ def softmax_fisher_diagonal(
     logsumexp: Tensor | None = None,
     reduction: str = "none",
 ) -> Tensor:
-    """w p (1 − p) / τ² per token, or summed or averaged over tokens to [V]."""
+    """W p (1 − p) / τ² per token, or summed or averaged over tokens to [V]."""
     w = token_weights(logits, mask, weights)
     p = _probabilities(_scaled_logits(logits, temperature, w), logsumexp)
     rows = _weighted(p * _complement(p) / temperature**2, normalised(w, logits, reduction))
@@ -234,7 +234,7 @@ def softmax_fisher_trace(
     logsumexp: Tensor | None = None,
     reduction: str = "none",
 ) -> Tensor:
-    """w tr F = w Σ p (1 − p) / τ²."""
+    """W tr F = w Σ p (1 − p) / τ²."""
     w = token_weights(logits, mask, weights)
     p = _probabilities(_scaled_logits(logits, temperature, w), logsumexp)
     return _reduced((p * _complement(p)).sum(-1) / temperature**2, w, logits, reduction)
@@ -248,7 +248,7 @@ def softmax_fisher_stats(
     weights: Tensor | None = None,
     logsumexp: Tensor | None = None,
 ) -> SoftmaxFisherStats:
-    """w times the logsumexp, entropy, trace, tr F² and largest probability of each token."""
+    """W times the logsumexp, entropy, trace, tr F² and largest probability of each token."""
     w = token_weights(logits, mask, weights)
     x = _scaled_logits(logits, temperature, w)
     if logsumexp is None:
@@ -286,7 +286,7 @@ def softmax_fisher_gradient(
     logsumexp: Tensor | None = None,
     ignore_index: int = IGNORE_INDEX,
 ) -> Tensor:
-    """w (p − e_label) / τ: the gradient of Σ w · cross-entropy with respect to the logits."""
+    """W (p − e_label) / τ: the gradient of Σ w · cross-entropy with respect to the logits."""
     w = token_weights(logits, mask, weights)
     valid = labels != ignore_index
     kept = valid.to(accumulation_dtype(logits.dtype))
@@ -308,8 +308,8 @@ def softmax_fisher_sample(
 ) -> tuple[Tensor, Tensor]:
     """Labels y ~ p by inversion of the cumulative sum, and w (p − e_y) / τ.
 
-    y is the least class whose cumulative probability exceeds ``philox_uniform(seed, token)``. Masked
-    tokens and rows without a distribution (NaN) have label −100.
+    y is the least class whose cumulative probability exceeds ``philox_uniform(seed, token)``.
+    Masked tokens and rows without a distribution (NaN) have label −100.
     """
     w = token_weights(logits, mask, weights)
     p = torch.softmax(_scaled_logits(logits, temperature, w), -1)
@@ -362,7 +362,7 @@ def softmax_fisher_stats_backward(
 ) -> Tensor:
     """Gradient of Σ grad · stats with respect to the logits; stats and grad [..., 5] as above.
 
-    p (g_lse + a − ⟨p, a⟩) / τ with a = −g_H log p − 2 g_tr p / τ² + g_tr2 (2p − 6p² + 4 p Σp²) / τ⁴,
+    p (g_lse + a − ⟨p, a⟩) / τ with a = −g_H log p − 2 g_tr p / τ² + g_tr2 (2p − 6p² + 4p Σp²) / τ⁴
     and g_max p_max (e_argmax − p) / τ for the last one, shared evenly between ties.
     """
     x, stats, grad = logits.double() / temperature, stats.double(), grad.double()

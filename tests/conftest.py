@@ -39,16 +39,16 @@ def pytest_report_header() -> str:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
         metafunc.parametrize("backend", BACKENDS, indirect=True)
-    elif _ASKED and metafunc.definition.get_closest_marker("any_backend") is None:
-        # a run for one back end leaves what does not depend on back ends to the main run
-        metafunc.definition.add_marker(pytest.mark.main_run)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A run for one back end leaves what does not depend on back ends to the main run."""
     if not _ASKED:
         return
-    kept = [item for item in items if item.get_closest_marker("main_run") is None]
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    kept, left = [], []
+    for item in items:
+        (kept if "backend" in getattr(item, "fixturenames", ()) else left).append(item)
+    config.hook.pytest_deselected(items=left)
     items[:] = kept
 
 
@@ -67,8 +67,11 @@ def serving(name: str) -> Iterator[None]:
         with fisherkern.backend(name):
             yield
         return
-    from cuda_emulation.build import emulated
+    from cuda_emulation import build
 
+    emulated, reason = build.load()
+    if emulated is None:
+        pytest.skip(f"the CUDA sources cannot be emulated here: {reason}")
     patch = pytest.MonkeyPatch()
     patch.setattr(backends, "select", lambda device, dtype: "emulated")
     patch.setattr(backends, "load", lambda name: emulated)

@@ -66,16 +66,12 @@ void matvec_backward(const Tensor& logits, const Tensor& v, const Tensor& grad,
 void quadratic(const Tensor& logits, const Tensor& v, const Optional& mask,
                const Optional& logsumexp, double temperature, Tensor out) {
   const auto f = problem_of(logits, {}, mask, logsumexp, temperature);
-  STD_TORCH_CHECK(v.dim() == 4 && v.size(0) == f.batches && v.size(1) == f.tokens &&
-                      v.size(3) == f.classes && v.scalar_type() == logits.scalar_type(),
-                  "v must be [batches, tokens, directions, classes] of the dtype of logits");
-  STD_TORCH_CHECK(v.stride(3) == 1 || v.size(3) == 1, "v must have a class stride of 1");
-  const Rows directions{v.data_ptr(), v.stride(0), v.stride(1)};
-  const int64_t K = v.size(2), stride = v.stride(2);
+  const auto directions = directions_of(v, logits);
+  const int64_t K = directions.count;
   void* to = flat_of(out, logits, f.batches * f.tokens * K * K, "out");
   const auto kernel = FISHERKERN_KERNEL(quadratic);
   for_tokens(f, [&](int64_t begin, int64_t end) {
-    kernel(f, directions, stride, K, to, begin, end);
+    kernel(f, directions.rows, directions.stride, K, to, begin, end);
   });
 }
 

@@ -23,22 +23,18 @@ __device__ inline float power_of_two(float t) {
 #endif
 }
 
-// What an online sum does with one more logit z after the largest one so far, m.
-struct Step {
-  bool higher;  // z is the new largest
-  float ratio;  // factor of the old terms
-  float e;      // this term, after any rescaling
-  float depth;  // bits between the logit and its reference; between the maxima if higher
-};
-
 struct Exponent {
-  float scale, reference, bias;
+  float scale, scale_low, reference, bias;
   bool given;
 
   static constexpr float kMaxDepth = 1e4f;  // e is 0 long before, and 0 * depth must not be NaN
 
   __device__ Exponent(const Problem& problem, const float* logsumexp)
-      : scale(problem.scale), reference(0.f), bias(0.f), given(logsumexp != nullptr) {
+      : scale(problem.scale),
+        scale_low(problem.scale_low),
+        reference(0.f),
+        bias(0.f),
+        given(logsumexp != nullptr) {
     if (given) {
       // temperature * logsumexp to twice the precision: subtracting it must not cost digits of z
       const double product = static_cast<double>(*logsumexp) * problem.temperature;
@@ -48,21 +44,25 @@ struct Exponent {
     }
   }
 
-  __device__ float log2(float z) const { return fmaf(z - reference, scale, bias); }
+  __device__ float log2(float z) const { return log2(z, reference); }
+  __device__ float log2(float z, float base) const { return fmaf(z - base, scale, bias); }
+
+  __device__ float power(float z) const { return power(z, reference); }
+
+  // 2^t for t = log2(z, base), times what the roundings of t and of the scale lost: left alone, they
+  // cost |t| / 2 ulp, which is more than plain PyTorch loses.
+  __device__ float power(float z, float base) const {
+    const float d = z - base, t = fmaf(d, scale, bias), e = power_of_two(t);
+    const float lost = fmaf(d, scale_low, fmaf(d, scale, -t) + bias);
+    return e == 0.f ? 0.f : fmaf(e, kLn2 * lost, e);  // where d is -inf, lost is NaN
+  }
+
+  // What logits are measured from while m is the largest so far: never an infinity, as a sum that
+  // has one is discarded in the end, and -inf - (-inf) would spoil those that meet -inf first.
+  __device__ float base(float m) const { return given ? reference : isinf(m) ? 0.f : m; }
 
   // Equal infinities are at distance zero, not NaN.
   __device__ float distance(float a, float b) const { return a == b ? 0.f : (a - b) * scale; }
-
-  __device__ Step step(float m, float z) const {
-    const bool higher = z > m;
-    if (given) {
-      const float t = log2(z);
-      return {higher, 1.f, power_of_two(t), fminf(-t, kMaxDepth)};
-    }
-    const float depth = fabsf(distance(z, m));
-    const float e = power_of_two(-depth);
-    return {higher, higher ? e : 1.f, higher ? 1.f : e, fminf(depth, kMaxDepth)};
-  }
 
   // Factor of the terms relative to the maximum `low` when the maximum becomes `high`.
   __device__ float ratio(float high, float low) const {

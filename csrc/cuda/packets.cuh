@@ -1,10 +1,11 @@
 // Rows in packets of 16 bytes, whatever their alignment.
 //
-// A row is cut into groups of kSize classes that start on 16-byte boundaries of the logits: group g
-// covers classes [g kSize - lead, (g + 1) kSize - lead). Only the first and the last group may stick
-// out of the row; there, and in operands aligned otherwise, classes are accessed one by one.
+// A row is cut into groups of kSize classes that start on 16-byte boundaries of the logits: group
+// g covers classes [g kSize - lead, (g + 1) kSize - lead). Only the first and the last group may
+// stick out of the row; there, and in operands aligned otherwise, classes are accessed singly.
 #pragma once
 #include <cstdint>
+#include <type_traits>
 
 #include "../softmax_fisher.h"
 #include "launch.h"
@@ -24,6 +25,11 @@ struct Packet {
       if constexpr (std::is_same_v<T, __half>) return __half2float(__ushort_as_half(bits));
       else return __uint_as_float(static_cast<uint32_t>(bits) << 16);
     }
+  }
+
+  __device__ void get(float (&x)[kSize]) const {
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) x[j] = get(j);
   }
 
   __device__ static uint32_t bits(float x) {

@@ -6,7 +6,7 @@
 
 namespace fisherkern::cuda {
 
-// One double in [0, 1) with 53 random bits: key = seed, counter = (low and high half of index, 0, 0).
+// One double in [0, 1) with 53 random bits: key = seed, counter = (halves of index, 0, 0).
 __device__ inline double philox_uniform(int64_t seed, int64_t index) {
   auto k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   auto c0 = static_cast<uint32_t>(index), c1 = static_cast<uint32_t>(index >> 32);

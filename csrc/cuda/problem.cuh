@@ -11,7 +11,7 @@ namespace fisherkern::cuda {
 struct Problem {
   int64_t tokens;  // of one batch
   int classes;
-  float scale;  // log2(e) / temperature
+  float scale, scale_low;  // log2(e) / temperature and what rounding it lost
   double temperature;
   Rows logits;
   const float* weights;
@@ -22,6 +22,7 @@ struct Problem {
       : tokens(p.tokens),
         classes(static_cast<int>(p.classes)),
         scale(static_cast<float>(1.4426950408889634 / p.temperature)),
+        scale_low(static_cast<float>(1.4426950408889634 / p.temperature - scale)),
         temperature(p.temperature),
         logits(p.logits),
         weights(static_cast<const float*>(p.weights)),

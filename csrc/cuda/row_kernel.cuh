@@ -3,12 +3,13 @@
 // Pass 1 sums a state over the row, pass 2 writes op.value per class. Where a float per class fits
 // shared memory, the row is read once and each power is taken once: logits, then powers are kept
 // there. Otherwise pass 1 sums online and pass 2 reads again from the end, where L2 still has it.
-// With a given logsumexp pass 1 knows the powers at once, and ops without a sum have no pass 1.
+// With a given logsumexp pass 1 knows the powers at once.
 //
-// An Op has: State, kInputs (row inputs beside the logits), kSums (whether a given logsumexp leaves
-// anything to sum), prepare(weight, token, classes), finish(state, exponent, weight, token) and
-// value(e, z, x, class).
+// An Op has: State, kInputs (row inputs beside the logits), prepare(weight, token, classes),
+// finish(state, exponent, weight) and value(e, x, class).
 #pragma once
+#include <algorithm>
+
 #include "block_merge.cuh"
 #include "row_states.cuh"
 
@@ -54,6 +55,11 @@ struct RowReader {
     to.logits = logits.load(group, -INFINITY);
     load_inputs(group, to);
   }
+};
+
+struct NoInputs {
+  template <class X>
+  __device__ void operator()(int, X&) const {}
 };
 
 // f(group) for the groups of this thread, kUnroll of them prepared by `load` before the first use.
@@ -109,7 +115,7 @@ __device__ typename Op::State sum_cached(const RowReader<T, Op::kInputs>& reader
         cache.load(group, e);
 #pragma unroll
         for (int j = 0; j < kSize; ++j) {
-          e[j] = power_of_two(exponent.distance(e[j], peak.m));
+          e[j] = exponent.power(e[j], exponent.base(peak.m));
           held.get(j, x);
           state.add(e[j], x, reader.logits.first(group) + j, peak);
         }
@@ -130,21 +136,25 @@ __device__ typename Op::State sum_online(const RowReader<T, Op::kInputs>& reader
   pipelined<2, Group>(
       span.groups, false, [&](int group, Group& held) { reader.load(group, held); },
       [&](int group, const Group& held) {
-        float e[kSize], x[Reader::kHeld];
+        float z[kSize];
+        held.logits.get(z);
+        const auto get = [&](int j, auto& x) { held.get(j, x); };
+        state.update(exponent, z, get, reader.logits.first(group));
+        if (!cached) return;
 #pragma unroll
-        for (int j = 0; j < kSize; ++j) {
-          const float z = held.logits.get(j);
-          held.get(j, x);
-          state.update(exponent, z, x, reader.logits.first(group) + j);
-          e[j] = cached ? power_of_two(exponent.log2(z)) : 0.f;
-        }
-        if (cached) cache.store(group, e);
+        for (int j = 0; j < kSize; ++j) z[j] = exponent.power(z[j]);
+        cache.store(group, z);
       });
   return state;
 }
 
+// With 64 registers a thread, what 1024 threads have, ptxas spills in some of these ops; without
+// the 1 block below it still stops at 64.
+template <class Op>
+constexpr int kMaxThreads = Op::kInputs == 1 ? 1024 : 512;
+
 template <class T, class Op>
-__global__ void __launch_bounds__(1024)
+__global__ void __launch_bounds__(kMaxThreads<Op>, 1)
     row_kernel(const Problem problem, Op op, const Inputs<Op::kInputs> inputs, const Rows out,
                bool cached) {
   using Reader = RowReader<T, Op::kInputs>;
@@ -163,15 +173,12 @@ __global__ void __launch_bounds__(1024)
   const Reader reader(problem, span, inputs, token);
   const RowCache<T> cache{dynamic_shared(), span.groups};
   Exponent exponent(problem, problem.logsumexp ? problem.logsumexp + token : nullptr);
-  cached = cached && (Op::kSums || !exponent.given);
-  typename Op::State state = Op::State::empty();
-  if (Op::kSums || !exponent.given) {
-    state = cached && !exponent.given ? sum_cached<T, Op>(reader, span, cache, exponent)
-                                      : sum_online<T, Op>(reader, span, cache, cached, exponent);
-    state.settle();
-    state = block_merge(state, exponent);
-    if (!exponent.given) exponent.reference = state.m;
-  }
+  typename Op::State state = cached && !exponent.given
+                                 ? sum_cached<T, Op>(reader, span, cache, exponent)
+                                 : sum_online<T, Op>(reader, span, cache, cached, exponent);
+  state.settle();
+  state = block_merge(state, exponent);
+  if (!exponent.given) exponent.reference = state.m;
   op.finish(state, exponent, weight);
 
   pipelined<2, Group>(
@@ -185,10 +192,10 @@ __global__ void __launch_bounds__(1024)
         if (cached) cache.load(group, value);
 #pragma unroll
         for (int j = 0; j < kSize; ++j) {
-          const float t = cached ? 0.f : exponent.log2(held.logits.get(j));
-          const float e = cached ? value[j] : power_of_two(t);
+          const float e =
+              cached ? value[j] : exponent.power(held.logits.get(j));
           held.get(j, x);
-          value[j] = op.value(e, t, x, reader.logits.first(group) + j);
+          value[j] = op.value(e, x, reader.logits.first(group) + j);
         }
         result.store(group, value);
       });
@@ -199,32 +206,28 @@ int launch_rows(const SoftmaxFisher& p, Op op, const Inputs<Op::kInputs>& inputs
                 void* stream) {
   return dispatch(p, [&](auto type) {
     using T = decltype(type);
-    const bool single_pass = p.logsumexp && !Op::kSums;
-    const size_t bytes = single_pass ? 0 : row_cache_bytes<T>(p.classes);
-    return launch(row_kernel<T, Op>, dim3(token_count(p)), row_threads(p.classes), bytes, stream,
-                  Problem(p), op, inputs, out, bytes > 0);
+    const size_t bytes = row_cache_bytes<T>(p.classes);
+    const int threads = std::min(row_threads(p.classes), kMaxThreads<Op>);
+    return launch(row_kernel<T, Op>, dim3(token_count(p)), threads, bytes, stream, Problem(p), op,
+                  inputs, out, bytes > 0);
   });
 }
 
 // p and 1 - p of one class from its power.
 struct Probability {
   float inverse;     // 1 / sum e
-  float complement;  // 1 - p of the largest class, summed from the others
-  bool given;
+  float star;        // the power of the largest class
+  float complement;  // and its 1 - p, summed from the others
 
   template <class State>
   __device__ void set(const State& state, const Exponent& exponent) {
-    given = exponent.given;
     inverse = 1.f / state.total(exponent);
+    star = state.m == -INFINITY ? -1.f : state.star;  // none where all powers are zero
     complement = state.s * inverse;
   }
 
   __device__ float p(float e) const { return e * inverse; }
-
-  __device__ float one_minus_p(float e, float t) const {
-    if (given) return e > 0.5f ? -expm1f(t * kLn2) : 1.f - e;
-    return e == 1.f ? complement : 1.f - e * inverse;
-  }
+  __device__ float one_minus_p(float e) const { return e == star ? complement : 1.f - e * inverse; }
 };
 
 }  // namespace fisherkern::cuda

@@ -3,6 +3,9 @@
 // z logits, e the powers of exponent.cuh, m the largest logit so far. The "star" is the first class
 // with z = m: it is kept out of the primed sums, because 1 - p of a peaked row must come from the
 // other classes and not from a subtraction. Of equal maxima one is the star, the others count 1.
+//
+// `update` takes a packet of classes at once: a new maximum, rare after the first packets, costs a
+// branch per packet and not per class. get(j, x) reads the other inputs of class j.
 #pragma once
 #include <climits>
 
@@ -15,6 +18,23 @@ __device__ inline void exchange(State& a, State& b) {
   const State c = a;
   a = b;
   b = c;
+}
+
+template <int kSize>
+__device__ inline float largest(const float (&z)[kSize]) {
+  float top = z[0];
+#pragma unroll
+  for (int j = 1; j < kSize; ++j) top = fmaxf(top, z[j]);
+  return top;
+}
+
+template <int kSize>
+__device__ inline int first_equal(const float (&z)[kSize], float top) {
+  int first = 0;
+#pragma unroll
+  for (int j = kSize - 1; j >= 0; --j)
+    if (z[j] == top) first = j;
+  return first;
 }
 
 // The largest logit and the first class that has it.
@@ -84,22 +104,33 @@ struct PeakSums : PeakTerms<kOrder> {
     else s += e;
   }
 
-  template <int kInputs>
-  __device__ void update(const Exponent& exponent, float z, const float (&)[kInputs], int) {
-    const Step step = exponent.step(m, z);
-    if constexpr (kOrder >= 4)
-      this->ties = step.higher ? 1.f : this->ties + (z == m ? 1.f : 0.f);
-    if (step.higher) {
-      demote(step.ratio, exponent.given ? 0.f : step.depth);
-      m = z;
-      star = step.e;
-    } else {
-      s += step.e;
-      if constexpr (kOrder >= 2) this->q2 = fmaf(step.e, step.e, this->q2);
-      if constexpr (kOrder >= 3) this->q3 = fmaf(step.e * step.e, step.e, this->q3);
+  template <int kSize, class Get>
+  __device__ void update(const Exponent& exponent, const float (&z)[kSize], Get, int) {
+    const float top = largest(z);
+    int skip = -1;
+    if (top > m) {
+      const float depth = fminf(exponent.distance(top, m), Exponent::kMaxDepth);
+      demote(exponent.ratio(top, m), exponent.given ? 0.f : depth);
+      const float t = exponent.given ? exponent.log2(top) : 0.f;
+      m = top;
+      star = exponent.given ? exponent.power(top) : 1.f;
+      skip = first_equal(z, top);
+      if constexpr (kOrder >= 3) this->h = fmaf(star, fminf(-t, Exponent::kMaxDepth), this->h);
+      if constexpr (kOrder >= 4) this->ties = 0.f;
     }
-    if constexpr (kOrder >= 3)
-      if (exponent.given || !step.higher) this->h = fmaf(step.e, step.depth, this->h);
+    const float base = exponent.base(m);
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) {
+      const float t = exponent.log2(z[j], base);
+      const float e = j == skip ? 0.f : exponent.power(z[j], base);
+      s += e;
+      if constexpr (kOrder >= 2) this->q2 = fmaf(e, e, this->q2);
+      if constexpr (kOrder >= 3) {
+        this->q3 = fmaf(e * e, e, this->q3);
+        this->h = fmaf(e, fminf(-t, Exponent::kMaxDepth), this->h);
+      }
+      if constexpr (kOrder >= 4) this->ties += z[j] == m ? 1.f : 0.f;
+    }
   }
 
   __device__ void merge(PeakSums other, const Exponent& exponent) {
@@ -179,14 +210,28 @@ struct Moments {
     }
   }
 
-  __device__ void update(const Exponent& exponent, float z, const float (&x)[kInputs], int) {
-    const Step step = exponent.step(m, z);
-    if (step.higher) {
-      recentre(x, step.ratio);
-      m = z;
-      s += step.e;
-    } else {
-      add(step.e, x);
+  template <int kSize, class Get>
+  __device__ void update(const Exponent& exponent, const float (&z)[kSize], Get get, int) {
+    const float top = largest(z);
+    float x[kInputs];
+    if (top > m) {
+      const int star = first_equal(z, top);
+      float at_star[kInputs] = {};
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) {
+        get(j, x);
+#pragma unroll
+        for (int k = 0; k < kInputs; ++k)
+          if (j == star) at_star[k] = x[k];
+      }
+      recentre(at_star, exponent.ratio(top, m));
+      m = top;
+    }
+    const float base = exponent.base(m);
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) {
+      get(j, x);
+      add(exponent.power(z[j], base), x);
     }
   }
 
@@ -282,14 +327,26 @@ struct RootSums {
     }
   }
 
-  __device__ void update(const Exponent& exponent, float z, const float (&x)[1], int class_index) {
-    const Step step = exponent.step(m, z);
-    if (step.higher) {
-      demote(step.ratio);
-      m = z, star = step.e, v = x[0], index = class_index;
-    } else {
-      s += step.e;
-      b = fmaf(sqrtf(step.e), x[0], b);
+  template <int kSize, class Get>
+  __device__ void update(const Exponent& exponent, const float (&z)[kSize], Get get, int first) {
+    const float top = largest(z);
+    int skip = -1;
+    if (top > m) {
+      demote(exponent.ratio(top, m));
+      m = top;
+      star = exponent.given ? exponent.power(top) : 1.f;
+      skip = first_equal(z, top);
+      index = first + skip;
+    }
+    const float base = exponent.base(m);
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) {
+      float x[1];
+      get(j, x);
+      const float e = j == skip ? 0.f : exponent.power(z[j], base);
+      if (j == skip) v = x[0];
+      s += e;
+      b = fmaf(sqrtf(e), x[0], b);
     }
   }
 

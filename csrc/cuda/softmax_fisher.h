@@ -1,4 +1,4 @@
-// Launchers of the CUDA back end: one per op of fisherkern/ops/_reference_kernels.py, no torch headers.
+// Launchers of the CUDA back end, one per op of fisherkern/ops/_reference_kernels.py.
 //
 // Each returns a cudaError_t as int, enqueues on `stream` (a cudaStream_t), neither allocates nor
 // waits for the device, and may be captured in a CUDA graph. `workspace` is device memory of at

@@ -7,7 +7,6 @@ namespace {
 
 struct Gradient {
   static constexpr int kInputs = 0;
-  static constexpr bool kSums = false;
   using State = PeakSums<1>;
   const int64_t* labels;
   float inverse_temperature;
@@ -28,8 +27,8 @@ struct Gradient {
     factor = weight * inverse_temperature;
   }
 
-  __device__ float value(float e, float t, const float (&)[1], int c) const {
-    return factor * (c == label ? -probability.one_minus_p(e, t) : probability.p(e));
+  __device__ float value(float e, const float (&)[1], int c) const {
+    return factor * (c == label ? -probability.one_minus_p(e) : probability.p(e));
   }
 };
 

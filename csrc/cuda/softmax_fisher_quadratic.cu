@@ -49,12 +49,9 @@ __global__ void __launch_bounds__(kThreads, kSide == 1 ? 4 : 1)
     pipelined<(kInputs > 1 ? 1 : 2), Group>(
         span.groups, false, [&](int group, Group& held) { reader.load(group, held); },
         [&](int group, const Group& held) {
-          float x[kInputs];
-#pragma unroll
-          for (int j = 0; j < kSize; ++j) {
-            held.get(j, x);
-            state.update(exponent, held.logits.get(j), x, 0);
-          }
+          float z[kSize];
+          held.logits.get(z);
+          state.update(exponent, z, [&](int j, auto& x) { held.get(j, x); }, 0);
         });
     state.settle();
     state = block_merge(state, exponent);

@@ -15,7 +15,6 @@ struct Weighted {
 // w p (v - <p, v>) / tau^2, or with `root` sqrt(w) sqrt(p) (v - <p, v>) / tau.
 struct Centred : Weighted {
   static constexpr int kInputs = 1;
-  static constexpr bool kSums = true;
   using State = Moments<1>;
   float inverse_temperature;
   bool root;
@@ -29,7 +28,7 @@ struct Centred : Weighted {
     mean = state.a[0] * inverse;
   }
 
-  __device__ float value(float e, float, const float (&v)[1], int) const {
+  __device__ float value(float e, const float (&v)[1], int) const {
     return factor * (root ? sqrtf(e) : e) * ((v[0] - centre) - mean);
   }
 };
@@ -37,7 +36,6 @@ struct Centred : Weighted {
 // sqrt(w) (sqrt(p) v - p <sqrt p, v>) / tau; at the star sqrt(p) (1 - p) v - p sum' sqrt(p) v.
 struct SqrtMatvec : Weighted {
   static constexpr int kInputs = 1;
-  static constexpr bool kSums = true;
   using State = RootSums;
   float inverse_temperature;
   float factor, inverse, root_inverse, dot, other_dot, complement;
@@ -53,7 +51,7 @@ struct SqrtMatvec : Weighted {
     star = state.index;
   }
 
-  __device__ float value(float e, float, const float (&v)[1], int c) const {
+  __device__ float value(float e, const float (&v)[1], int c) const {
     const float p = e * inverse, root = sqrtf(e) * root_inverse;
     const float lv = c == star ? root * complement * v[0] - p * other_dot : root * v[0] - p * dot;
     return factor * lv;
@@ -63,7 +61,6 @@ struct SqrtMatvec : Weighted {
 // w (a - p sum a) / tau^3 with a = p (v - <p, v>) (g - <p, g>); sum a is a covariance.
 struct MatvecBackward : Weighted {
   static constexpr int kInputs = 2;
-  static constexpr bool kSums = true;
   using State = Moments<1, 1>;
   float inverse_temperature;
   float factor, covariance;
@@ -79,7 +76,7 @@ struct MatvecBackward : Weighted {
     }
   }
 
-  __device__ float value(float e, float, const float (&x)[2], int) const {
+  __device__ float value(float e, const float (&x)[2], int) const {
     const float v = (x[0] - centre[0]) - mean[0], g = (x[1] - centre[1]) - mean[1];
     return factor * e * (v * g - covariance);
   }
@@ -88,7 +85,6 @@ struct MatvecBackward : Weighted {
 // w p (1 - p) / tau^2.
 struct Diagonal : Weighted {
   static constexpr int kInputs = 0;
-  static constexpr bool kSums = false;
   using State = PeakSums<1>;
   float inverse_temperature;
   float factor;
@@ -99,8 +95,8 @@ struct Diagonal : Weighted {
     factor = weight * inverse_temperature * inverse_temperature;
   }
 
-  __device__ float value(float e, float t, const float (&)[1], int) const {
-    return factor * (probability.p(e) * probability.one_minus_p(e, t));
+  __device__ float value(float e, const float (&)[1], int) const {
+    return factor * (probability.p(e) * probability.one_minus_p(e));
   }
 };
 

@@ -44,7 +44,7 @@ struct Row {
     } else {
       const Packet<T> packet = logits.load(group, -INFINITY);
 #pragma unroll
-      for (int j = 0; j < kSize; ++j) e[j] = power_of_two(exponent.log2(packet.get(j)));
+      for (int j = 0; j < kSize; ++j) e[j] = exponent.power(packet.get(j));
     }
   }
 };
@@ -80,17 +80,15 @@ __device__ void sum_chunks(Row<T>& row, const Chunks& chunks, Sums* chunk_sums) 
         row.cache.load(g, e);
 #pragma unroll
         for (int j = 0; j < kSize; ++j) {
-          e[j] = power_of_two(row.exponent.distance(e[j], peak.m));
+          e[j] = row.exponent.power(e[j], row.exponent.base(peak.m));
           sums.add(e[j], unused, row.logits.first(g) + j, peak);
         }
       } else {
-        const Packet<T> packet = row.logits.load(g, -INFINITY);
+        row.logits.load(g, -INFINITY).get(e);
+        sums.update(row.exponent, e, NoInputs{}, 0);
 #pragma unroll
-        for (int j = 0; j < kSize; ++j) {
-          const float z = packet.get(j);
-          sums.update(row.exponent, z, unused, 0);
-          e[j] = row.cached ? power_of_two(row.exponent.log2(z)) : 0.f;
-        }
+        for (int j = 0; j < kSize; ++j)
+          if (row.cached) e[j] = row.exponent.power(e[j]);
       }
       if (row.cached) row.cache.store(g, e);
     }
@@ -199,7 +197,6 @@ __global__ void __launch_bounds__(1024)
   constexpr int kSize = Packet<T>::kSize;
   __shared__ Sums chunk_sums[kMaxChunks];
   __shared__ int chosen;
-  __shared__ float chosen_log2;
   const int64_t token = blockIdx.x;
   T* const logits = problem.row<T>(problem.logits, token);
   const Span span(logits, problem.classes);
@@ -230,15 +227,12 @@ __global__ void __launch_bounds__(1024)
       label = choose_class(row, chunks, chunk_sums, sums.m, philox_uniform(*seed, token));
     if (threadIdx.x == 0) {
       chosen = label;
-      // the powers in the cache have lost the digits of 1 - p
-      chosen_log2 = label == kNone ? 0.f : row.exponent.log2(load_scalar(logits + label));
       labels[token] = label == kNone ? kIgnoreIndex : label;
     }
   }
   __syncthreads();
 
   const int label = chosen;
-  const float label_log2 = chosen_log2;
   Probability probability;
   probability.set(sums, row.exponent);
   const float factor = weight * inverse_temperature;
@@ -250,7 +244,7 @@ __global__ void __launch_bounds__(1024)
     for (int j = 0; j < kSize; ++j) {
       const float e = value[j];
       const bool labelled = row.logits.first(g) + j == label;
-      value[j] = factor * (labelled ? -probability.one_minus_p(e, label_log2) : probability.p(e));
+      value[j] = factor * (labelled ? -probability.one_minus_p(e) : probability.p(e));
     }
     result.store(g, value);
   }

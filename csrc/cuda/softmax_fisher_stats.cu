@@ -20,7 +20,10 @@ template <int kOrder>
 __device__ void write_stats(const Problem& problem, const PeakSums<kOrder>& sums,
                             const Exponent& exponent, int64_t token, float* out) {
   const float total = sums.total(exponent), inverse = 1.f / total;
-  const float p = sums.star * inverse, rest = sums.s * inverse;
+  const float rest = sums.s * inverse;
+  // a row of -inf has no star; what its classes have is 0, or NaN with the logsumexp of that row
+  const bool empty = exponent.given && sums.m == -INFINITY;
+  const float p = empty ? exponent.power(sums.m) : sums.star * inverse;
   const float q = sums.q2 * inverse * inverse;
   const auto inverse_temperature = static_cast<float>(1.0 / problem.temperature);
   const float squared = inverse_temperature * inverse_temperature;
@@ -68,15 +71,14 @@ __global__ void __launch_bounds__(1024)
   const Exponent exponent(problem, problem.logsumexp ? problem.logsumexp + token : nullptr);
   const int share = (span.groups + gridDim.y - 1) / gridDim.y;
   const int begin = min(static_cast<int>(blockIdx.y) * share, span.groups);
-  const float unused[1] = {};
   auto sums = PeakSums<kOrder>::empty();
   pipelined<4, Packet<T>>(
       min(share, span.groups - begin), false,
       [&](int g, Packet<T>& packet) { packet = reader.logits.load(begin + g, -INFINITY); },
       [&](int, const Packet<T>& packet) {
-#pragma unroll
-        for (int j = 0; j < Packet<T>::kSize; ++j)
-          sums.update(exponent, packet.get(j), unused, 0);
+        float z[Packet<T>::kSize];
+        packet.get(z);
+        sums.update(exponent, z, NoInputs{}, 0);
       });
   sums = block_merge(sums, exponent);
   if (threadIdx.x != 0) return;
@@ -149,11 +151,11 @@ __global__ void __launch_bounds__(1024)
     packet = reader.logits.load(group, -INFINITY);
   };
 
-  const float unused[1] = {};
   auto sums = PeakSums<4>::empty();
   pipelined<4, Packet<T>>(span.groups, false, load, [&](int, const Packet<T>& packet) {
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) sums.update(exponent, packet.get(j), unused, 0);
+    float z[kSize];
+    packet.get(z);
+    sums.update(exponent, z, NoInputs{}, 0);
   });
   sums = block_merge(sums, exponent);
 
@@ -177,7 +179,7 @@ __global__ void __launch_bounds__(1024)
     float value[kSize];
 #pragma unroll
     for (int j = 0; j < kSize; ++j) {
-      const float z = packet.get(j), t = exponent.log2(z), p = power_of_two(t);
+      const float z = packet.get(j), t = exponent.log2(z), p = exponent.power(z);
       const float logs = fmaxf(t - log_star, -Exponent::kMaxDepth);
       const float a = log_factor * logs + (p - p_star) * (first + second * (p + p_star)) - mean;
       const float largest = z == sums.m ? top_complement : -g[4] * p_star * p;

@@ -22,6 +22,7 @@ constexpr int64_t kMinSplits = 16, kMaxSplits = 1024, kMinTokens = 16;
 constexpr int kColumnThreads = 256;
 // Terms added to one float before it moves on to the total: shorter chains round less.
 constexpr int kChain = 32;
+constexpr int kInFlight = 4;  // rows loaded before the first is used; divides kChain
 
 int64_t split_count(const SoftmaxFisher& p) {
   const int64_t tokens = p.batches * p.tokens;
@@ -47,78 +48,97 @@ __global__ void __launch_bounds__(1024)
   const float weight = problem.weight(token);
   if (weight != 0.f) {
     auto sums = PeakSums<1>::empty();
-    if (!exponent.given) {
-      const Span span(problem.row<T>(problem.logits, token), problem.classes);
-      const RowReader<T, 0> reader(problem, span, {}, token);
-      const float unused[1] = {};
-      pipelined<4, Packet<T>>(
-          span.groups, false,
-          [&](int g, Packet<T>& packet) { packet = reader.logits.load(g, -INFINITY); },
-          [&](int, const Packet<T>& packet) {
-#pragma unroll
-            for (int j = 0; j < Packet<T>::kSize; ++j)
-              sums.update(exponent, packet.get(j), unused, 0);
-          });
-      sums = block_merge(sums, exponent);
-      exponent.reference = sums.m;
-    }
+    const Span span(problem.row<T>(problem.logits, token), problem.classes);
+    const RowReader<T, 0> reader(problem, span, {}, token);
+    pipelined<4, Packet<T>>(
+        span.groups, false,
+        [&](int g, Packet<T>& packet) { packet = reader.logits.load(g, -INFINITY); },
+        [&](int, const Packet<T>& packet) {
+          float z[Packet<T>::kSize];
+          packet.get(z);
+          sums.update(exponent, z, NoInputs{}, 0);
+        });
+    sums = block_merge(sums, exponent);
+    if (!exponent.given) exponent.reference = sums.m;
     probability.set(sums, exponent);
   }
   if (threadIdx.x == 0) constants[token] = {exponent, probability, weight};
 }
 
-// `vectors`: all rows start on 16 bytes and V is whole packets; otherwise neighbouring threads take
-// neighbouring classes.
+// The kSize classes of one thread. `vectors`: rows start on 16 bytes, V is whole packets and the
+// classes are one of them; otherwise neighbouring threads take neighbouring classes.
+template <class T>
+struct Columns {
+  static constexpr int kSize = Packet<T>::kSize;
+  int64_t base, stride, classes;
+  bool vectors;
+
+  __device__ Columns(int64_t classes, bool vectors) : classes(classes), vectors(vectors) {
+    const int64_t block = static_cast<int64_t>(blockIdx.x) * blockDim.x;
+    base = vectors ? (block + threadIdx.x) * kSize : block * kSize + threadIdx.x;
+    stride = vectors ? 1 : blockDim.x;
+  }
+
+  __device__ int64_t index(int j) const { return base + j * stride; }
+
+  __device__ Packet<T> load(const T* row) const {
+    Packet<T> packet{};
+    if (vectors) {
+      if (base < classes) {
+        const uint4 q = *reinterpret_cast<const uint4*>(row + base);
+        packet = {{q.x, q.y, q.z, q.w}};
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < kSize; ++j)
+        if (index(j) < classes) packet.set(j, load_scalar(row + index(j)));
+    }
+    return packet;
+  }
+};
+
 template <class T, bool kDiagonal>
 __global__ void __launch_bounds__(kColumnThreads)
     columns_kernel(const Problem problem, int64_t tokens, const RowConstants* constants,
                    bool vectors, float* partials) {
   constexpr int kSize = Packet<T>::kSize;
-  const int64_t block = static_cast<int64_t>(blockIdx.x) * blockDim.x;
-  const int64_t base = vectors ? (block + threadIdx.x) * kSize : block * kSize + threadIdx.x;
-  const int stride = vectors ? 1 : static_cast<int>(blockDim.x);
+  const Columns<T> columns(problem.classes, vectors);
   const int64_t share = (tokens + gridDim.y - 1) / gridDim.y;
   const int64_t begin = blockIdx.y * share;
   const int64_t end = begin + share < tokens ? begin + share : tokens;
 
-  float total[kSize] = {}, chain[kSize] = {};
-  int length = 0;
-  for (int64_t token = begin; token < end; ++token) {
-    const RowConstants row = constants[token];
-    if (row.weight == 0.f) continue;
-    const T* logits = problem.row<T>(problem.logits, token);
-    float z[kSize];
-    if (vectors && base < problem.classes) {
-      const uint4 q = *reinterpret_cast<const uint4*>(logits + base);
-      const Packet<T> packet{{q.x, q.y, q.z, q.w}};
+  float total[kSize] = {};
+  for (int64_t link = begin; link < end; link += kChain) {
+    float chain[kSize] = {};
+    for (int64_t token = link; token < link + kChain && token < end; token += kInFlight) {
+      Packet<T> held[kInFlight];
+      float weight[kInFlight];
 #pragma unroll
-      for (int j = 0; j < kSize; ++j) z[j] = packet.get(j);
-    } else {
+      for (int u = 0; u < kInFlight; ++u) {
+        weight[u] = token + u < end ? constants[token + u].weight : 0.f;
+        if (weight[u] != 0.f)
+          held[u] = columns.load(problem.row<T>(problem.logits, token + u));
+      }
 #pragma unroll
-      for (int j = 0; j < kSize; ++j) {
-        const int64_t c = base + static_cast<int64_t>(j) * stride;
-        z[j] = c < problem.classes ? load_scalar(logits + c) : -INFINITY;
+      for (int u = 0; u < kInFlight; ++u) {
+        if (weight[u] == 0.f) continue;
+        const RowConstants row = constants[token + u];
+#pragma unroll
+        for (int j = 0; j < kSize; ++j) {
+          const float e = row.exponent.power(held[u].get(j));
+          float value = row.probability.p(e);
+          if (kDiagonal) value *= row.probability.one_minus_p(e);
+          chain[j] = fmaf(weight[u], value, chain[j]);
+        }
       }
     }
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) {
-      const float t = row.exponent.log2(z[j]), e = power_of_two(t);
-      float value = row.probability.p(e);
-      if (kDiagonal) value *= row.probability.one_minus_p(e, t);
-      chain[j] = fmaf(row.weight, value, chain[j]);
-    }
-    if (++length == kChain) {
-#pragma unroll
-      for (int j = 0; j < kSize; ++j) total[j] += chain[j], chain[j] = 0.f;
-      length = 0;
-    }
+    for (int j = 0; j < kSize; ++j) total[j] += chain[j];
   }
 #pragma unroll
-  for (int j = 0; j < kSize; ++j) {
-    const int64_t c = base + static_cast<int64_t>(j) * stride;
-    if (c < problem.classes)
-      partials[blockIdx.y * static_cast<int64_t>(problem.classes) + c] = total[j] + chain[j];
-  }
+  for (int j = 0; j < kSize; ++j)
+    if (columns.index(j) < problem.classes)
+      partials[blockIdx.y * static_cast<int64_t>(problem.classes) + columns.index(j)] = total[j];
 }
 
 __global__ void reduce_kernel(const float* partials, int64_t classes, int splits, double factor,

@@ -15,10 +15,11 @@ seed       int64, one element
 ========== ===================================================================================
 
 T, V ≥ 1. Values are checked before a kernel runs. A row whose weight is 0 (whose mask is False) is
-not read and its result is exactly zero; a weight that is NaN makes its row NaN. Where `logsumexp` is
-given, p = exp(z / τ − logsumexp). In-place kernels get one tensor as both logits and out.
+not read and its result is exactly zero; a weight that is NaN makes its row NaN. Where `logsumexp`
+is given, p = exp(z / τ − logsumexp). In-place kernels get one tensor as both logits and out.
 
-A back end is a namespace with the functions of ``_reference_kernels.py``, names and arguments alike.
+A back end is a namespace with the functions of ``_reference_kernels.py``, names and arguments
+alike.
 """
 
 from __future__ import annotations

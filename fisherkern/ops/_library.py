@@ -25,8 +25,8 @@ def define(
 ) -> Callable[..., Any]:
     """Define `fisherkern::<schema>`, one implementation for every device, and its fake.
 
-    `vmap`: "rows" maps by giving the op one more leading dimension, "loop" calls it once per example
-    (for ops that reduce over tokens), "none" leaves the op without a rule.
+    `vmap`: "rows" maps by giving the op one more leading dimension, "loop" calls it once per
+    example (for ops that reduce over tokens), "none" leaves the op without a rule.
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -64,8 +64,8 @@ def differentiable(
     """`operator` with derivatives, in eager mode, under torch.func and under torch.compile.
 
     ``vjp(inputs, output, grad, needs)`` returns a gradient or None per input;
-    ``jvp(inputs, output, tangents)`` the tangent of the output. Both are written with differentiable
-    functions, which makes higher derivatives work.
+    ``jvp(inputs, output, tangents)`` the tangent of the output. Both are written with
+    differentiable functions, which makes higher derivatives work.
     """
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

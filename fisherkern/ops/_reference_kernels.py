@@ -30,7 +30,7 @@ def softmax_fisher_matvec(
     temperature: float,
     out: Tensor,
 ) -> None:
-    """out [B, S, V] = w F v."""
+    """Out [B, S, V] = w F v."""
     common = _common(logits, weights, logsumexp, temperature)
     out.copy_(reference.softmax_fisher_matvec(logits, v, **common))
 
@@ -44,7 +44,7 @@ def softmax_fisher_matvec_backward(
     temperature: float,
     out: Tensor,
 ) -> None:
-    """out [B, S, V] = ∂⟨grad, w F v⟩/∂z."""
+    """Out [B, S, V] = ∂⟨grad, w F v⟩/∂z."""
     common = _common(logits, weights, logsumexp, temperature)
     out.copy_(reference.softmax_fisher_matvec_backward(logits, v, grad, **common))
 
@@ -57,7 +57,7 @@ def softmax_fisher_sqrt_matvec(
     temperature: float,
     out: Tensor,
 ) -> None:
-    """out [B, S, V] = w L v. The weights come with their root already taken."""
+    """Out [B, S, V] = w L v. The weights come with their root already taken."""
     common = _common(logits, None if weights is None else weights**2, logsumexp, temperature)
     out.copy_(reference.softmax_fisher_sqrt_matvec(logits, v, **common))
 
@@ -70,7 +70,7 @@ def softmax_fisher_sqrt_rmatvec(
     temperature: float,
     out: Tensor,
 ) -> None:
-    """out [B, S, V] = w Lᵀ v. The weights come with their root already taken."""
+    """Out [B, S, V] = w Lᵀ v. The weights come with their root already taken."""
     common = _common(logits, None if weights is None else weights**2, logsumexp, temperature)
     out.copy_(reference.softmax_fisher_sqrt_rmatvec(logits, v, **common))
 
@@ -83,7 +83,7 @@ def softmax_fisher_quadratic(
     temperature: float,
     out: Tensor,
 ) -> None:
-    """out [T, K, K] = V F Vᵀ for the rows of v [B, S, K, V]."""
+    """Out [T, K, K] = V F Vᵀ for the rows of v [B, S, K, V]."""
     common = _common(logits, mask, logsumexp, temperature)
     out.copy_(reference.softmax_fisher_quadratic(logits, v, **common).view(out.shape))
 
@@ -95,7 +95,7 @@ def softmax_fisher_diagonal(
     temperature: float,
     out: Tensor,
 ) -> None:
-    """out [B, S, V] = w p (1 − p) / τ²."""
+    """Out [B, S, V] = w p (1 − p) / τ²."""
     out.copy_(
         reference.softmax_fisher_diagonal(
             logits, **_common(logits, weights, logsumexp, temperature)
@@ -110,7 +110,7 @@ def softmax_fisher_diagonal_sum(
     temperature: float,
     out: Tensor,
 ) -> None:
-    """out [V] = Σ w p (1 − p) / τ²."""
+    """Out [V] = Σ w p (1 − p) / τ²."""
     common = _common(logits, weights, logsumexp, temperature)
     out.copy_(reference.softmax_fisher_diagonal(logits, reduction="sum", **common))
 
@@ -122,7 +122,7 @@ def softmax_fisher_mean_probs(
     temperature: float,
     out: Tensor,
 ) -> None:
-    """out [V] = Σ w p. The weights come already divided by N."""
+    """Out [V] = Σ w p. The weights come already divided by N."""
     common = _common(logits, weights, logsumexp, temperature)
     out.copy_(reference.softmax_fisher_mean_probs(logits, reduction="sum", **common))
 
@@ -134,7 +134,7 @@ def softmax_fisher_trace(
     temperature: float,
     out: Tensor,
 ) -> None:
-    """out [T] = Σ p (1 − p) / τ²."""
+    """Out [T] = Σ p (1 − p) / τ²."""
     common = _common(logits, mask, logsumexp, temperature)
     out.copy_(reference.softmax_fisher_trace(logits, **common).view(-1))
 
@@ -146,7 +146,7 @@ def softmax_fisher_stats(
     temperature: float,
     out: Tensor,
 ) -> None:
-    """out [T, 5] = logsumexp, entropy, trace, tr F², max p."""
+    """Out [T, 5] = logsumexp, entropy, trace, tr F², max p."""
     common = _common(logits, mask, logsumexp, temperature)
     stats = reference.softmax_fisher_stats(logits, **common)
     out.copy_(torch.stack(stats, -1).view(out.shape))
@@ -160,7 +160,7 @@ def softmax_fisher_stats_backward(
     temperature: float,
     out: Tensor,
 ) -> None:
-    """out [B, S, V] = ∂(Σ grad · stats)/∂z for stats and grad [T, 5]."""
+    """Out [B, S, V] = ∂(Σ grad · stats)/∂z for stats and grad [T, 5]."""
     lead = logits.shape[:2]
     out.copy_(
         reference.softmax_fisher_stats_backward(
@@ -181,7 +181,7 @@ def softmax_fisher_gradient(
     temperature: float,
     out: Tensor,
 ) -> None:
-    """out [B, S, V] = w (p − e_label) / τ. A label outside [0, V) makes its row NaN."""
+    """Out [B, S, V] = w (p − e_label) / τ. A label outside [0, V) makes its row NaN."""
     lead = logits.shape[:2]
     outside = (labels < 0) | (labels >= logits.shape[-1])
     if weights is not None:
@@ -202,7 +202,7 @@ def softmax_fisher_sample(
     labels: Tensor,
     out: Tensor,
 ) -> None:
-    """labels [T] ~ p, −100 where there is none; out [B, S, V] = w (p − e_label) / τ."""
+    """Labels [T] ~ p, −100 where there is none; out [B, S, V] = w (p − e_label) / τ."""
     common = _common(logits, weights, logsumexp, temperature)
     sampled, gradient = reference.softmax_fisher_sample(logits, seed, **common)
     labels.copy_(sampled.view(-1))

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import conftest
 import pytest
 import torch
 from torch import Tensor
 
+import conftest
 import fisherkern as fk
 from fisherkern import reference
 
@@ -98,9 +98,7 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def logits(
-    shape: tuple[int, ...], dtype: torch.dtype, scale: float = 2.0, seed: int = 0
-) -> Tensor:
+def logits(shape: tuple[int, ...], dtype: torch.dtype, scale: float = 2.0, seed: int = 0) -> Tensor:
     z = torch.randn(shape, generator=generator(seed), dtype=torch.float64) * scale
     return z.to(dtype).to(conftest.DEVICE)
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+
+import fisherkern as fk
 from conftest import DEVICE
 from softmax_fisher import cases
 from softmax_fisher.cases import IDS, OPS, Op
-
-import fisherkern as fk
 
 
 def usual(op: Op) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -38,7 +38,9 @@ def test_logits(backend: str, op: Op) -> None:
 def test_temperature(backend: str, op: Op) -> None:
     z, operands = usual(op)
     for bad in (0.0, -1.0, float("nan"), float("inf")):
-        refused(op, ValueError, "temperature is .*; allowed are finite", z, *operands, temperature=bad)
+        refused(
+            op, ValueError, "temperature is .*; allowed are finite", z, *operands, temperature=bad
+        )
     for worse in ("1", None, True, torch.tensor(1.0)):
         refused(op, TypeError, "temperature", z, *operands, temperature=worse)
 
@@ -47,12 +49,21 @@ def test_temperature(backend: str, op: Op) -> None:
 def test_mask(backend: str, op: Op) -> None:
     z, operands = usual(op)
     mask = torch.ones(3, dtype=torch.bool, device=DEVICE)
-    refused(op, TypeError, "mask has dtype torch.float32; allowed is bool", z, *operands, mask=mask.float())
+    refused(
+        op,
+        TypeError,
+        "mask has dtype torch.float32; allowed is bool",
+        z,
+        *operands,
+        mask=mask.float(),
+    )
     refused(op, ValueError, r"mask has shape \[2\]; expected \[3\]", z, *operands, mask=mask[:2])
     refused(op, ValueError, r"mask has shape \[3, 1\]", z, *operands, mask=mask[:, None])
     refused(op, TypeError, "mask must be a torch.Tensor, not list", z, *operands, mask=[True] * 3)
     weights = torch.ones(3, device=DEVICE)
-    refused(op, ValueError, "mask and weights were both given", z, *operands, mask=mask, weights=weights)
+    refused(
+        op, ValueError, "mask and weights were both given", z, *operands, mask=mask, weights=weights
+    )
 
 
 @pytest.mark.parametrize("op", OPS, **IDS)
@@ -75,7 +86,9 @@ def test_weights(backend: str, op: Op) -> None:
 def test_logsumexp(backend: str, op: Op) -> None:
     z, operands = usual(op)
     lse = torch.logsumexp(z, -1)
-    refused(op, TypeError, "logsumexp has dtype torch.bfloat16", z, *operands, logsumexp=lse.bfloat16())
+    refused(
+        op, TypeError, "logsumexp has dtype torch.bfloat16", z, *operands, logsumexp=lse.bfloat16()
+    )
     refused(op, ValueError, r"logsumexp has shape \[2\]", z, *operands, logsumexp=lse[:2])
     refused(op, TypeError, "logsumexp must be a torch.Tensor", z, *operands, logsumexp=1.0)
 

@@ -1,4 +1,4 @@
-"""The scaling contract: masks, weights, reductions, splits, shifts and temperature, for every op."""
+"""The scaling contract: masks, weights, reductions, splits, shifts, temperature; for every op."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SLOW
-from softmax_fisher import cases
-from softmax_fisher.cases import IDS, MEANS, OPS, PER_TOKEN, SUMS, Op
 from torch import Tensor
 
 import fisherkern as fk
+from conftest import SLOW
+from softmax_fisher import cases
+from softmax_fisher.cases import IDS, MEANS, OPS, PER_TOKEN, SUMS, Op
 
 V = 65 if SLOW else 517
 DTYPES = (torch.float32, torch.bfloat16)
@@ -64,9 +64,7 @@ def test_masked_token_is_exactly_zero_and_disturbs_no_other(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("op", [*SUMS, *MEANS], **IDS)
-def test_masked_tokens_leave_the_sum_and_the_mean(
-    backend: str, op: Op, dtype: torch.dtype
-) -> None:
+def test_masked_tokens_leave_the_sum_and_the_mean(backend: str, op: Op, dtype: torch.dtype) -> None:
     z, operands = setting(op, dtype)
     mask = torch.tensor([True, False, True, True, False, True], device=z.device)
     bad_z, bad_operands = poisoned(z, operands, ~mask)

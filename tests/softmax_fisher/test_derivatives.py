@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DEVICE, SLOW
-from softmax_fisher import cases
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import fisherkern as fk
+from conftest import DEVICE, SLOW
 from fisherkern import reference
+from softmax_fisher import cases
 
 T, V = 3, 5
 WEIGHTS = torch.tensor([0.5, 0.0, 2.0], dtype=torch.float64)
@@ -138,8 +138,10 @@ def test_backward_on_the_back_end(backend: str, name: str, dtype: torch.dtype) -
     common = {"temperature": 1.3, "weights": weights}
     function = getattr(fk, f"softmax_fisher_{name.partition('-')[0]}")
     extra = [LABELS.to(DEVICE)] if name == "gradient" else []
-    result = torch.stack(function(*tensors, *extra, **common), -1) if name == "stats" else (
-        function(*tensors, *extra, **common)
+    result = (
+        torch.stack(function(*tensors, *extra, **common), -1)
+        if name == "stats"
+        else (function(*tensors, *extra, **common))
     )
     cotangent = cases.logits(result.shape, result.dtype, 1.0, seed=9)
     found = torch.autograd.grad(result, tensors, cotangent)

@@ -6,14 +6,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import DEVICE, SLOW
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from softmax_fisher import cases
-from softmax_fisher.cases import IDS, OPS, PER_TOKEN, Op
 from torch import Tensor
 
 import fisherkern as fk
+from conftest import DEVICE, SLOW
+from softmax_fisher import cases
+from softmax_fisher.cases import IDS, OPS, PER_TOKEN, Op
 
 V = 33 if SLOW else 129
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -44,9 +44,7 @@ def test_strides_do_not_change_a_bit(backend: str, op: Op, layout: str) -> None:
     result = op.call(lay(z), *strided)
     if layout == "unaligned" and backend not in ("cpp", "reference"):
         # vector loads of another width may add in another order
-        for a, b in zip(
-            cases.tensors(result), cases.tensors(op.call(z, *operands)), strict=True
-        ):
+        for a, b in zip(cases.tensors(result), cases.tensors(op.call(z, *operands)), strict=True):
             assert cases.error(a, b) <= 8 * cases.EPSILON[a.dtype]
     else:
         assert same(result, op.call(z, *operands))
@@ -70,7 +68,9 @@ def test_expanded_rows(backend: str, op: Op) -> None:
     operands = op.make(z, cases.generator(1))
     many = [x.expand(4, *x.shape[1:]) for x in operands]
     repeated = [x.contiguous() for x in many]
-    assert same(op.call(z.expand(4, 3, V), *many), op.call(z.expand(4, 3, V).contiguous(), *repeated))
+    assert same(
+        op.call(z.expand(4, 3, V), *many), op.call(z.expand(4, 3, V).contiguous(), *repeated)
+    )
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 0), (2, 0, 4), (2, 3, 0)])

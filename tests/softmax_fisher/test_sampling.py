@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import BACKENDS, DEVICE, SLOW, serving
-from softmax_fisher import cases
 
 import fisherkern as fk
+from conftest import BACKENDS, DEVICE, SLOW, serving
 from fisherkern import reference
+from softmax_fisher import cases
 
 V = 65 if SLOW else 4099
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import DEVICE, SLOW, serving
-from softmax_fisher import cases
-from softmax_fisher.cases import DTYPES, IDS, OPS, Op
 
 import fisherkern as fk
+from conftest import DEVICE, SLOW, serving
 from fisherkern import reference
+from softmax_fisher import cases
+from softmax_fisher.cases import DTYPES, IDS, OPS, Op
 
 SIZES = (1, 2, 7, 64, 65, 255, 1000) if SLOW else (1, 2, 7, 63, 64, 65, 127, 1000, 4097, 50257)
 SCALES = (0.5, 6.0) if SLOW else (0.5, 2.0, 6.0)

@@ -46,7 +46,7 @@ def check_tokens(
 
 
 def reduce_tokens(values: Tensor, tokens: Tokens, logits: Tensor, reduction: str) -> Tensor:
-    """Per-token values [<lead>, ...], already zero where masked, times their weights; `reduction`."""
+    """Per-token values [<lead>, ...], already zero where masked, weighted and reduced."""
     w = normalised(tokens.weights, logits, reduction)
     lead = logits.ndim - 1
     if w is not None:

@@ -1,4 +1,4 @@
-"""The diagonal of F = (diag p − p pᵀ) / τ², per token or over tokens, and the mean probabilities."""
+"""The diagonal of F = (diag p − p pᵀ) / τ², per token or over tokens; the mean probabilities."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ _mean_probs_op, _mean_probs_out = _define_token_sum("softmax_fisher_mean_probs")
 
 
 def _slope(inputs: Sequence[Any]) -> Tensor:
-    """∂(p (1 − p)) / ∂p / τ² = (1 − 2p) / τ², as plain PyTorch: the diagonal has no fused backward."""
+    """∂(p (1 − p)) / ∂p / τ² = (1 − 2p) / τ² in plain PyTorch: no fused backward here."""
     logits, weights, _, temperature = inputs
     x = logits.to(accumulation_dtype(logits.dtype)) / temperature
     if weights is not None:
@@ -169,9 +169,7 @@ def _diagonal_jvp(inputs: Sequence[Any], output: Tensor, tangents: Sequence[Any]
 
 mean_probs = differentiable(_mean_probs_op, vjp=_mean_probs_vjp, jvp=_mean_probs_jvp, vmap="loop")
 diagonal = differentiable(_diagonal_op, vjp=_diagonal_vjp, jvp=_diagonal_jvp)
-diagonal_sum = differentiable(
-    _diagonal_sum_op, vjp=_diagonal_vjp, jvp=_diagonal_jvp, vmap="loop"
-)
+diagonal_sum = differentiable(_diagonal_sum_op, vjp=_diagonal_vjp, jvp=_diagonal_jvp, vmap="loop")
 
 # ---- public -----------------------------------------------------------------------------------
 
@@ -226,9 +224,7 @@ def softmax_fisher_diagonal(
     w, lse, tau = check_tokens(z, temperature, mask, weights, logsumexp)
     w = normalised(w, z, reduction)
     function, out_op = (
-        (diagonal, _diagonal_out_op)
-        if reduction == "none"
-        else (diagonal_sum, _diagonal_sum_out)
+        (diagonal, _diagonal_out_op) if reduction == "none" else (diagonal_sum, _diagonal_sum_out)
     )
     if out is None:
         return function(z, w, lse, tau)

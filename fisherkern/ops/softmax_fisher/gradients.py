@@ -24,14 +24,12 @@ class SoftmaxFisherSample(NamedTuple):
     labels: Tensor
     """int64 [...]; −100 for masked tokens and rows that hold NaN."""
     gradients: Tensor
-    """[..., V]: w (p − e_label) / τ in the dtype of the logits."""
+    """w (p − e_label) / τ [..., V], in the dtype of the logits."""
 
 
 # ---- raw ops ----------------------------------------------------------------------------------
 
-_GRADIENT = (
-    "Tensor labels, Tensor? weights, Tensor? logsumexp, float temperature, int ignore_index"
-)
+_GRADIENT = "Tensor labels, Tensor? weights, Tensor? logsumexp, float temperature, int ignore_index"
 _SAMPLE = "Tensor seed, Tensor? weights, Tensor? logsumexp, float temperature"
 
 

@@ -72,12 +72,8 @@ def _define_product(name: str) -> tuple[Any, Any]:
         check_disjoint(out, {"logits": logits, "v": v})
         into(logits, v, weights, logsumexp, temperature, out)
 
-    arguments = (
-        "Tensor logits, Tensor v, Tensor? weights, Tensor? logsumexp, float temperature"
-    )
-    op = define(
-        f"{name}({arguments}) -> Tensor", functional, lambda logits, *_: row_output(logits)
-    )
+    arguments = "Tensor logits, Tensor v, Tensor? weights, Tensor? logsumexp, float temperature"
+    op = define(f"{name}({arguments}) -> Tensor", functional, lambda logits, *_: row_output(logits))
     out_op = define(
         f"{name}.out({arguments}, *, Tensor(a!) out) -> ()",
         checked_into,
@@ -180,9 +176,7 @@ def _fourth_cumulant(
     return rows.to(logits.dtype)
 
 
-def _matvec_backward_vjp(
-    inputs: Sequence[Any], _: Tensor, grad: Tensor, needs: Needs
-) -> list[Any]:
+def _matvec_backward_vjp(inputs: Sequence[Any], _: Tensor, grad: Tensor, needs: Needs) -> list[Any]:
     logits, v, g, weights, logsumexp, temperature = inputs
     common = (weights, logsumexp, temperature)
     g_logits = _fourth_cumulant(logits, v, g, grad, weights, temperature) if needs[0] else None
@@ -195,9 +189,7 @@ def _matvec_backward_vjp(
     return [g_logits, g_v, g_g, g_weights, None, None]
 
 
-def _matvec_backward_jvp(
-    inputs: Sequence[Any], output: Tensor, tangents: Sequence[Any]
-) -> Tensor:
+def _matvec_backward_jvp(inputs: Sequence[Any], output: Tensor, tangents: Sequence[Any]) -> Tensor:
     logits, v, g, weights, logsumexp, temperature = inputs
     common = (weights, logsumexp, temperature)
     result = torch.zeros_like(output)
@@ -260,9 +252,7 @@ matvec = differentiable(_matvec_op, vjp=_matvec_vjp, jvp=_matvec_jvp)
 matvec_backward = differentiable(
     _matvec_backward_op, vjp=_matvec_backward_vjp, jvp=_matvec_backward_jvp
 )
-sqrt_matvec = differentiable(
-    _sqrt_matvec_op, vjp=_sqrt_matvec_vjp, jvp=_linear_jvp("sqrt_matvec")
-)
+sqrt_matvec = differentiable(_sqrt_matvec_op, vjp=_sqrt_matvec_vjp, jvp=_linear_jvp("sqrt_matvec"))
 sqrt_rmatvec = differentiable(
     _sqrt_rmatvec_op, vjp=_sqrt_rmatvec_vjp, jvp=_linear_jvp("sqrt_rmatvec")
 )
@@ -335,9 +325,10 @@ def _quadratic_jvp(inputs: Sequence[Any], output: Tensor, tangents: Sequence[Any
     result = torch.zeros_like(output)
     if tangents[0] is not None:
         direction = tangents[0][..., None, :].expand(v.shape)
-        result = result + v.to(output.dtype) @ matvec_backward(z, v, direction, *common).to(
-            output.dtype
-        ).mT
+        result = (
+            result
+            + v.to(output.dtype) @ matvec_backward(z, v, direction, *common).to(output.dtype).mT
+        )
     if tangents[1] is not None:
         half = tangents[1].to(output.dtype) @ matvec(z, v, *common).to(output.dtype).mT
         result = result + half + half.mT
@@ -402,8 +393,8 @@ def softmax_fisher_matvec(
         Differentiable in `logits` and `v`, any number of times, in both modes.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value; or `out`
-            that overlaps an input. Nothing is written.
+        TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value; or an
+            `out` that overlaps an input. Nothing is written.
 
     Source: Schraudolph 2002, "Fast curvature matrix-vector products for second-order gradient
     descent", section 3.
@@ -541,5 +532,5 @@ def softmax_fisher_quadratic(
     several = d.ndim > z.ndim
     rows = d if several else d.unsqueeze(-2)
     result = quadratic(z, rows, tokens.valid, tokens.logsumexp, tokens.temperature)
-    result = result if several else result[..., 0, 0]
+    result = result if several else result.squeeze(-1).squeeze(-1)
     return reduce_tokens(result, tokens, z, reduction)

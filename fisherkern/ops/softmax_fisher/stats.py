@@ -89,7 +89,9 @@ _stats_backward_op = define(
 
 def _through_reference(function: Any, primals: Sequence[Any]) -> tuple[Any, list[int]]:
     """`function` of its floating-point tensors alone, and their positions."""
-    positions = [i for i, x in enumerate(primals) if isinstance(x, Tensor) and x.is_floating_point()]
+    positions = [
+        i for i, x in enumerate(primals) if isinstance(x, Tensor) and x.is_floating_point()
+    ]
 
     def of_tensors(*tensors: Tensor) -> Tensor:
         arguments = list(primals)

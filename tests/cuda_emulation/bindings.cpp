@@ -1,0 +1,64 @@
+// C entry points of the emulated launchers for ctypes, and the controls of the emulation.
+#include "cuda_emulation.h"
+#include "softmax_fisher.h"
+
+using namespace fisherkern;
+
+extern "C" {
+
+void emulation_seed(uint32_t seed) { emulation::machine().random.seed(seed); }
+void emulation_shared_limit(uint64_t bytes) { emulation::machine().shared_limit = bytes; }
+const char* emulation_error() {
+  return emulation::machine().error ? emulation::machine().error : "";
+}
+
+#define ROWS_OP(name)                                                        \
+  int name(const SoftmaxFisher* p, Rows v, Rows out, void* workspace) {      \
+    return cuda::name(*p, v, out, workspace, nullptr);                       \
+  }
+ROWS_OP(softmax_fisher_matvec)
+ROWS_OP(softmax_fisher_sqrt_matvec)
+ROWS_OP(softmax_fisher_sqrt_rmatvec)
+
+#define FLOAT_OP(name)                                                       \
+  int64_t name##_workspace(const SoftmaxFisher* p) {                         \
+    return cuda::name##_workspace(*p);                                       \
+  }                                                                          \
+  int name(const SoftmaxFisher* p, float* out, void* workspace) {            \
+    return cuda::name(*p, out, workspace, nullptr);                          \
+  }
+FLOAT_OP(softmax_fisher_diagonal_sum)
+FLOAT_OP(softmax_fisher_mean_probs)
+FLOAT_OP(softmax_fisher_trace)
+FLOAT_OP(softmax_fisher_stats)
+
+int softmax_fisher_matvec_backward(const SoftmaxFisher* p, Rows v, Rows grad, Rows out,
+                                   void* workspace) {
+  return cuda::softmax_fisher_matvec_backward(*p, v, grad, out, workspace, nullptr);
+}
+
+int softmax_fisher_diagonal(const SoftmaxFisher* p, Rows out, void* workspace) {
+  return cuda::softmax_fisher_diagonal(*p, out, workspace, nullptr);
+}
+
+int softmax_fisher_quadratic(const SoftmaxFisher* p, Rows directions, int64_t stride,
+                             int64_t count, float* out, void* workspace) {
+  return cuda::softmax_fisher_quadratic(*p, directions, stride, count, out, workspace, nullptr);
+}
+
+int softmax_fisher_stats_backward(const SoftmaxFisher* p, const float* stats, const float* grad,
+                                  Rows out, void* workspace) {
+  return cuda::softmax_fisher_stats_backward(*p, stats, grad, out, workspace, nullptr);
+}
+
+int softmax_fisher_gradient(const SoftmaxFisher* p, const int64_t* labels, Rows out,
+                            void* workspace) {
+  return cuda::softmax_fisher_gradient(*p, labels, out, workspace, nullptr);
+}
+
+int softmax_fisher_sample(const SoftmaxFisher* p, const int64_t* seed, int64_t* labels, Rows out,
+                          void* workspace) {
+  return cuda::softmax_fisher_sample(*p, seed, labels, out, workspace, nullptr);
+}
+
+}  // extern "C"

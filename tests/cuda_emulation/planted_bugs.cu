@@ -1,0 +1,56 @@
+// Small kernels with one bug each, and one without: the emulator must tell them apart.
+#include "cuda_emulation.h"
+
+namespace {
+
+constexpr int kThreads = 64;
+
+// Each thread writes its index and reads its mirror image, in the other warp.
+__global__ void mirror(int* out, bool barrier) {
+  __shared__ int values[kThreads];
+  const int t = threadIdx.x;
+  values[t] = -1;
+  __syncthreads();
+  values[t] = t;
+  if (barrier) __syncthreads();
+  out[t] = values[kThreads - 1 - t];
+}
+
+__global__ void divergent_shuffle(int* out) {
+  if (threadIdx.x % 2 == 0) out[threadIdx.x] = __shfl_down_sync(~0u, 1, 1);
+}
+
+__global__ void divergent_barrier(int* out) {
+  if (threadIdx.x < 32) __syncthreads();
+  else out[threadIdx.x] = __shfl_down_sync(~0u, 1, 1), __syncwarp();
+}
+
+__global__ void mixed_operations(int* out) {
+  if (threadIdx.x % 2 == 0) out[threadIdx.x] = __shfl_down_sync(~0u, 1, 1);
+  else out[threadIdx.x] = __shfl_up_sync(~0u, 1, 1);
+}
+
+__global__ void unwritten_shared(int* out) {
+  out[threadIdx.x] = isnan(fisherkern::cuda::dynamic_shared()[threadIdx.x].x);
+}
+
+template <class... A>
+int run(void (*kernel)(A...), A... arguments) {
+  return fisherkern::cuda::launch(kernel, dim3(1), kThreads, kThreads * sizeof(float4), nullptr,
+                                  arguments...);
+}
+
+}  // namespace
+
+extern "C" {
+void emulation_seed(uint32_t seed) { emulation::machine().random.seed(seed); }
+const char* emulation_error() {
+  return emulation::machine().error ? emulation::machine().error : "";
+}
+
+int planted_mirror(int* out, int barrier) { return run(mirror, out, barrier != 0); }
+int planted_divergent_shuffle(int* out) { return run(divergent_shuffle, out); }
+int planted_divergent_barrier(int* out) { return run(divergent_barrier, out); }
+int planted_mixed_operations(int* out) { return run(mixed_operations, out); }
+int planted_unwritten_shared(int* out) { return run(unwritten_shared, out); }
+}

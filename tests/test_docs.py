@@ -1,0 +1,80 @@
+"""The documentation is complete and its examples run."""
+
+from __future__ import annotations
+
+import doctest
+import importlib.util
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fisherkern
+import fisherkern.info
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+OPS = [name for name in fisherkern.__all__ if name.startswith("softmax_fisher_")]
+FUNCTIONS = [name for name in fisherkern.__all__ if inspect.isroutine(getattr(fisherkern, name))]
+
+
+def _docstring(name: str) -> str:
+    return inspect.getdoc(getattr(fisherkern, name)) or ""
+
+
+@pytest.mark.parametrize("name", fisherkern.__all__)
+def test_public_name_is_in_the_reference_and_has_a_docstring(name: str) -> None:
+    directive = rf"^\.\. auto(function|class|exception):: (fisherkern\.)?{name}$"
+    assert re.search(directive, (ROOT / "docs" / "api.md").read_text("utf-8"), re.MULTILINE)
+    assert _docstring(name)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_function_has_an_example(name: str) -> None:
+    assert doctest.DocTestParser().get_examples(_docstring(name))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_op_documents_its_arguments_errors_and_source(name: str) -> None:
+    text = _docstring(name)
+    for section in ("Args:", "Returns:", "Raises:", "Source: "):
+        assert re.search(rf"^{section}", text, re.MULTILINE), f"no {section!r}"
+    described = re.findall(
+        r"^    (\w+): ", text.split("Args:")[1].split("Returns:")[0], re.MULTILINE
+    )
+    assert described == list(inspect.signature(getattr(fisherkern, name)).parameters)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_op_is_in_the_tables(name: str) -> None:
+    short = name.removeprefix("softmax_fisher_").removesuffix("_")
+    assert f"`softmax_fisher_{short}`" in (ROOT / "README.md").read_text("utf-8")
+    assert f"`{name}`" in (ROOT / "docs" / "softmax_fisher.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_examples_of_a_page_run(page: Path) -> None:
+    text = page.read_text("utf-8")
+    examples = doctest.DocTestParser().get_doctest(text, {}, page.name, str(page), 0)
+    results = doctest.DocTestRunner(verbose=False).run(examples)
+    assert results.failed == 0, "doctest printed what differs"
+
+
+def test_links_between_pages_of_the_repository() -> None:
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]:
+        for target in re.findall(r"\]\(([^)#\s]+)", page.read_text("utf-8")):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_documentation_builds_without_a_warning(tmp_path: Path) -> None:
+    for package in ("sphinx", "myst_parser", "furo"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html"]
+    command += ["-d", str(tmp_path / "doctrees"), str(ROOT / "docs"), str(tmp_path / "html")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
