@@ -26,7 +26,7 @@ class BuildExtension(build_ext):
         reason = build.reason_against()
         if reason:
             print(f"fisherkern: C++ extension left out, the package works without it: {reason}")
-            self.extensions = []
+            self.extensions: list[Extension] = []
             return
         super().run()
 

@@ -91,19 +91,20 @@ def differentiable(
         return jvp(inputs, output, tangents)
 
     def vmap_rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Tensor, int]:
-        return _vmap(function.apply, vmap, info, in_dims, *args)
+        return _vmap(apply, vmap, info, in_dims, *args)
 
-    function: Any = type(
+    members: dict[str, Any] = {
+        "forward": operator,
+        "setup_context": setup_function,
+        "backward": backward,
+        "jvp": forward_mode,
+        "vmap": vmap_rule,
+    }
+    apply: Formula = type(
         f"{operator.__name__}_function",
         (torch.autograd.Function,),
-        {
-            "forward": staticmethod(operator),
-            "setup_context": staticmethod(setup_function),
-            "backward": staticmethod(backward),
-            "jvp": staticmethod(forward_mode),
-            "vmap": staticmethod(vmap_rule),
-        },
-    )
+        {name: staticmethod(member) for name, member in members.items()},
+    ).apply  # type: ignore[attr-defined]
     torch.library.register_autograd(
         str(operator).removesuffix(".default").replace(".", "::", 1),
         backward,
@@ -114,6 +115,6 @@ def differentiable(
     def call(*args: Any) -> Tensor:
         if torch.compiler.is_compiling():
             return operator(*args)
-        return function.apply(*args)
+        return apply(*args)
 
     return call

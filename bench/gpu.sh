@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Proves and measures everything on a CUDA device: op tests on every back end, memory checks on a
+# few, then the benches. Needs no network: it uses the CUDA torch, pytest and ninja that are there.
+# OUT (default bench/results): where logs, CSV and plots go.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+
+if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
+  echo "make gpu: no CUDA device (or no CUDA torch) here; nothing was run"
+  exit 0
+fi
+
+OUT=${OUT:-bench/results}
+mkdir -p "$OUT"
+export FISHERKERN_CUDA=1 MAX_JOBS=${MAX_JOBS:-$(nproc)} PYTHONUNBUFFERED=1
+[ -d .venv-gpu ] || "$PYTHON" -m venv --system-site-packages .venv-gpu
+.venv-gpu/bin/python -m pip install -q --no-index --no-build-isolation --no-deps -e .
+run=.venv-gpu/bin/python
+$run -m fisherkern.info | tee "$OUT/info.txt"
+
+status=0
+FISHERKERN_TEST_DEVICE=cuda FISHERKERN_TEST_BACKENDS=triton,cuda,reference \
+  $run -m pytest -q -x --maxfail=40 -n 4 tests/softmax_fisher 2>&1 | tee "$OUT/tests.log" || status=1
+if command -v compute-sanitizer >/dev/null; then
+  FISHERKERN_TEST_DEVICE=cuda FISHERKERN_TEST_BACKENDS=triton,cuda \
+    compute-sanitizer --error-exitcode 9 $run -m pytest -q tests/softmax_fisher/test_truth.py \
+    -k '127 and dtype1' 2>&1 | tee "$OUT/sanitizer.log" || status=1
+fi
+$run -m fisherkern.bench softmax_fisher --device cuda --plots --output "$OUT" \
+  2>&1 | tee "$OUT/bench.log" || status=1
+exit $status
