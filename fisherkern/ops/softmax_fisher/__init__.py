@@ -13,10 +13,10 @@ from fisherkern.ops.softmax_fisher.gradients import (
 )
 from fisherkern.ops.softmax_fisher.products import (
     softmax_fisher_matvec,
-    softmax_fisher_quadratic,
     softmax_fisher_sqrt_matvec,
     softmax_fisher_sqrt_rmatvec,
 )
+from fisherkern.ops.softmax_fisher.quadratic import softmax_fisher_quadratic
 from fisherkern.ops.softmax_fisher.stats import softmax_fisher_stats, softmax_fisher_trace
 from fisherkern.reference import SoftmaxFisherStats
 

@@ -76,3 +76,9 @@ def per_token_output(logits: Tensor, *trailing: int) -> Tensor:
     """A new tensor [<lead>, *trailing] in the accumulation dtype."""
     dtype = accumulation_dtype(logits.dtype)
     return torch.empty((*logits.shape[:-1], *trailing), dtype=dtype, device=logits.device)
+
+
+def probabilities(logits: Tensor, weights: Tensor | None, temperature: float) -> Tensor:
+    """Softmax for derivatives that have no kernel; uniform where the weight is zero."""
+    x = logits.to(accumulation_dtype(logits.dtype)) / temperature
+    return torch.softmax(x if weights is None else torch.where((weights == 0)[..., None], 0, x), -1)

@@ -17,6 +17,7 @@ from fisherkern.ops.softmax_fisher._common import (
     check_tokens,
     flat,
     per_class_output,
+    probabilities,
     row_output,
 )
 from fisherkern.ops.softmax_fisher.products import matvec
@@ -136,10 +137,7 @@ _mean_probs_op, _mean_probs_out = _define_token_sum("softmax_fisher_mean_probs")
 def _slope(inputs: Sequence[Any]) -> Tensor:
     """∂(p (1 − p)) / ∂p / τ² = (1 − 2p) / τ² in plain PyTorch: no fused backward here."""
     logits, weights, _, temperature = inputs
-    x = logits.to(accumulation_dtype(logits.dtype)) / temperature
-    if weights is not None:
-        x = torch.where((weights == 0)[..., None], 0, x)
-    return (1 - 2 * torch.softmax(x, -1)) / temperature**2
+    return (1 - 2 * probabilities(logits, weights, temperature)) / temperature**2
 
 
 def _mean_probs_vjp(inputs: Sequence[Any], _: Tensor, grad: Tensor, needs: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""F times a vector, its square root times a vector, and quadratic forms, per token.
+"""F times a vector and its square root times a vector, per token.
 
 F = (diag p − p pᵀ) / τ² with p = softmax(z / τ) is the Fisher information of the logits z of a
 categorical distribution at temperature τ; it is also the Hessian of the cross-entropy in z
@@ -21,8 +21,7 @@ from fisherkern.ops._values import check_disjoint
 from fisherkern.ops.softmax_fisher._common import (
     check_tokens,
     flat,
-    per_token_output,
-    reduce_tokens,
+    probabilities,
     row_output,
 )
 
@@ -116,12 +115,6 @@ _matvec_backward_op = define(
 # ---- derivatives: each is written with differentiable functions ------------------------------
 
 
-def _probabilities(logits: Tensor, weights: Tensor | None, temperature: float) -> Tensor:
-    """Softmax with zero logits in the rows of weight zero, for the formulas without a kernel."""
-    x = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-    return torch.softmax(x if weights is None else torch.where((weights == 0)[..., None], 0, x), -1)
-
-
 def _unit(weights: Tensor) -> Tensor:
     """Weights of one where there is any. With them an op gives its derivative in the weights."""
     return (weights != 0).to(weights.dtype)
@@ -162,7 +155,7 @@ def _fourth_cumulant(
     temperature: float,
 ) -> Tensor:
     """Derivative of ⟨c, matvec_backward(z, a, b)⟩ in z; only second derivatives come here."""
-    p = _probabilities(logits, weights, temperature)
+    p = probabilities(logits, weights, temperature)
     a, b, c = (x - (p * x).sum(-1, keepdim=True) for x in (a, b, c))
 
     def mean(x: Tensor) -> Tensor:
@@ -210,7 +203,7 @@ def _root_gradient(
 ) -> Tensor:
     """Derivative of ⟨left, √w L right⟩ in z, in plain PyTorch (L = L(z), see reference.py)."""
     logits, _, weights, _, temperature = inputs
-    p = _probabilities(logits, None if weights is None else weights, temperature)
+    p = probabilities(logits, weights, temperature)
     root = p.sqrt()
     centred = left - (p * left).sum(-1, keepdim=True)
     rows = root * right * centred / 2 - p * left * (root * right).sum(-1, keepdim=True)
@@ -256,86 +249,6 @@ sqrt_matvec = differentiable(_sqrt_matvec_op, vjp=_sqrt_matvec_vjp, jvp=_linear_
 sqrt_rmatvec = differentiable(
     _sqrt_rmatvec_op, vjp=_sqrt_rmatvec_vjp, jvp=_linear_jvp("sqrt_rmatvec")
 )
-
-# ---- quadratic forms --------------------------------------------------------------------------
-
-
-def _quadratic(
-    logits: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    logsumexp: Tensor | None,
-    temperature: float,
-) -> Tensor:
-    out = per_token_output(logits, v.shape[-2], v.shape[-2])
-    if logits.numel() == 0:
-        return out.zero_()
-    if out.numel():
-        z, rows = token_rows(logits.ndim - 1, logits, v)
-        kernels(logits).softmax_fisher_quadratic(
-            z, rows, flat(mask), flat(logsumexp), temperature, out.view(-1, *out.shape[-2:])
-        )
-    return out
-
-
-_quadratic_op = define(
-    "softmax_fisher_quadratic(Tensor logits, Tensor v, Tensor? mask, Tensor? logsumexp, "
-    "float temperature) -> Tensor",
-    _quadratic,
-    lambda logits, v, *_: per_token_output(logits, v.shape[-2], v.shape[-2]),
-)
-
-
-def _per_direction(inputs: Sequence[Any]) -> tuple[Tensor, Tensor | None, Tensor | None, float]:
-    """The logits and per-token tensors expanded to one row per direction."""
-    logits, v, mask, logsumexp, temperature = inputs
-    lead = v.shape[:-1]
-    weights = None if mask is None else mask[..., None].expand(lead).to(torch.float32)
-    if weights is not None and logits.dtype == torch.float64:
-        weights = weights.double()
-    lse = None if logsumexp is None else logsumexp[..., None].expand(lead)
-    return logits[..., None, :].expand(v.shape), weights, lse, temperature
-
-
-def _quadratic_vjp(inputs: Sequence[Any], _: Tensor, grad: Tensor, needs: Needs) -> list[Any]:
-    v = inputs[1]
-    z, valid, lse, temperature = _per_direction(inputs)
-    symmetric = grad + grad.mT
-    g_logits = g_v = None
-    if v.shape[-2] == 1:
-        # one direction: its scalar is the weight of the row, and no scaled copy of v is made
-        scale = symmetric[..., 0] if valid is None else symmetric[..., 0] * valid
-        if needs[0]:
-            g_logits = matvec_backward(z, v, v, scale / 2, lse, temperature).squeeze(-2)
-        if needs[1]:
-            g_v = matvec(z, v, scale, lse, temperature)
-    else:
-        mixed = (symmetric @ v.to(symmetric.dtype)).to(v.dtype)
-        if needs[0]:
-            g_logits = matvec_backward(z, v, mixed, valid, lse, temperature).sum(-2) / 2
-        if needs[1]:
-            g_v = matvec(z, mixed, valid, lse, temperature)
-    return [g_logits, g_v, None, None, None]
-
-
-def _quadratic_jvp(inputs: Sequence[Any], output: Tensor, tangents: Sequence[Any]) -> Tensor:
-    v = inputs[1]
-    expanded = _per_direction(inputs)
-    z, common = expanded[0], expanded[1:]
-    result = torch.zeros_like(output)
-    if tangents[0] is not None:
-        direction = tangents[0][..., None, :].expand(v.shape)
-        result = (
-            result
-            + v.to(output.dtype) @ matvec_backward(z, v, direction, *common).to(output.dtype).mT
-        )
-    if tangents[1] is not None:
-        half = tangents[1].to(output.dtype) @ matvec(z, v, *common).to(output.dtype).mT
-        result = result + half + half.mT
-    return result
-
-
-quadratic = differentiable(_quadratic_op, vjp=_quadratic_vjp, jvp=_quadratic_jvp)
 
 # ---- public -----------------------------------------------------------------------------------
 
@@ -488,49 +401,3 @@ def softmax_fisher_sqrt_rmatvec(
     """
     arguments = (logits, v, temperature, mask, weights, logsumexp, out)
     return _product(sqrt_rmatvec, _sqrt_rmatvec_out, *arguments, root=True)
-
-
-def softmax_fisher_quadratic(
-    logits: Tensor,
-    v: Tensor,
-    *,
-    temperature: float = 1.0,
-    mask: Tensor | None = None,
-    weights: Tensor | None = None,
-    logsumexp: Tensor | None = None,
-    reduction: str = "none",
-) -> Tensor:
-    """Quadratic form of every token, w vᵀ F v = w Var_p(v) / τ², centred before it is squared.
-
-    Args:
-        logits: z [..., V].
-        v: directions [..., V] of the dtype of the logits, or one [V] for all tokens; or K of them
-            per token, [..., K, V] (expand to share them), which give their K×K covariance.
-        temperature: τ > 0.
-        mask: bool [...].
-        weights: float [...] >= 0, instead of a mask.
-        logsumexp: logsumexp(z / τ) [...], if at hand.
-        reduction: "none", "sum" (Σ w …) or "mean" (Σ w … / Σ w, and zero where Σ w = 0).
-
-    Returns:
-        float32 (float64 for float64 logits): [...] or [..., K, K], without the leading dimensions
-        if reduced. Differentiable in `logits` and `v`.
-
-    Raises:
-        TypeError, ValueError: as :func:`softmax_fisher_matvec`.
-
-    Source: Amari 1998, "Natural gradient works efficiently in learning", for a categorical.
-
-    >>> import torch, fisherkern
-    >>> fisherkern.softmax_fisher_quadratic(torch.zeros(1, 4), torch.tensor([1.0, 0, 0, 0]))
-    tensor([0.1875])
-    """
-    z = checks.logits(logits)
-    d = checks.directions("v", v, z)
-    checks.reduction(reduction, ("none", "mean", "sum"))
-    tokens = check_tokens(z, temperature, mask, weights, logsumexp)
-    several = d.ndim > z.ndim
-    rows = d if several else d.unsqueeze(-2)
-    result = quadratic(z, rows, tokens.valid, tokens.logsumexp, tokens.temperature)
-    result = result if several else result.squeeze(-1).squeeze(-1)
-    return reduce_tokens(result, tokens, z, reduction)
