@@ -47,7 +47,7 @@ def token_weights(logits: Tensor, mask: Tensor | None, weights: Tensor | None) -
 
 
 def normalised(weights: Tensor | None, logits: Tensor, reduction: str) -> Tensor | None:
-    """The weights that turn a weighted sum over tokens into `reduction`; N = 0 gives zeros."""
+    """The weights that turn a weighted sum into `reduction`; N = 0 gives zeros, a NaN stays NaN."""
     if reduction != "mean":
         return weights
     lead = logits.shape[:-1]
@@ -55,7 +55,7 @@ def normalised(weights: Tensor | None, logits: Tensor, reduction: str) -> Tensor
         dtype = accumulation_dtype(logits.dtype)
         return torch.full(lead, 1.0 / max(lead.numel(), 1), dtype=dtype, device=logits.device)
     total = weights.sum()
-    return torch.where(total > 0, weights / total, torch.zeros_like(weights))
+    return torch.where(total == 0, torch.zeros_like(weights), weights / total)
 
 
 def _scaled_logits(logits: Tensor, temperature: float, weights: Tensor | None) -> Tensor:

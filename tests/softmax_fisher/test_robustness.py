@@ -26,14 +26,6 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def agree(backend: str, a: object, b: object) -> bool:
-    """The same bits; on a GPU, where vector loads start at 16-byte lines, the same to rounding."""
-    pairs = zip(cases.tensors(a), cases.tensors(b), strict=True)
-    if backend in ("cpp", "reference"):
-        return all(torch.equal(x.nan_to_num(7.25), y.nan_to_num(7.25)) for x, y in pairs)
-    return all(cases.error(x, y) <= 8 * cases.EPSILON[x.dtype] for x, y in pairs)
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("op", OPS, **IDS)
 def test_strides_do_not_change_a_bit(backend: str, op: Op, layout: str) -> None:
@@ -42,7 +34,7 @@ def test_strides_do_not_change_a_bit(backend: str, op: Op, layout: str) -> None:
     lay = LAYOUTS[layout]
     strided = [lay(x) if x.is_floating_point() and x.ndim == 3 else x for x in operands]
     assert torch.equal(lay(z), z)
-    assert agree(backend, op.call(lay(z), *strided), op.call(z, *operands))
+    assert cases.agree(backend, op.call(lay(z), *strided), op.call(z, *operands))
 
 
 @pytest.mark.parametrize("lead", [(), (1,), (5,), (2, 3), (2, 1, 3), (1, 2, 2, 2)])
@@ -63,7 +55,7 @@ def test_expanded_rows(backend: str, op: Op) -> None:
     operands = op.make(z, cases.generator(1))
     many = [x.expand(4, *x.shape[1:]) for x in operands]
     repeated = [x.contiguous() for x in many]
-    assert agree(
+    assert cases.agree(
         backend,
         op.call(z.expand(4, 3, V), *many),
         op.call(z.expand(4, 3, V).contiguous(), *repeated),
@@ -200,7 +192,7 @@ def test_offsets_beyond_int32(backend: str, op: Op) -> None:
     z = memory.as_strided((2, V), (step, 1))
     z.copy_(cases.logits((2, V), torch.bfloat16))
     operands = op.make(z, cases.generator(1))
-    assert agree(backend, op.call(z, *operands), op.call(z.contiguous(), *operands))
+    assert cases.agree(backend, op.call(z, *operands), op.call(z.contiguous(), *operands))
 
 
 def test_class_axis_longer_than_int16_blocks(backend: str) -> None:
