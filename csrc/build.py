@@ -29,7 +29,7 @@ INSTRUCTION_SETS = {
 }
 # GCC 12 warns inside its own AVX-512 headers
 KERNEL_FLAGS = ["-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
-ONCE = {"bindings.cpp", "capability.cpp"}
+ONCE = {"bindings.cpp", "capability.cpp", "destination.cpp"}
 
 
 class BuildError(SystemExit):

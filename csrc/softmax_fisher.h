@@ -29,6 +29,7 @@ struct SoftmaxFisher {
   const void* weights;
   const uint8_t* mask;
   const void* logsumexp;
+  bool past_caches;  // CPU: how to write row results, see cpu/destination.h
 };
 
 constexpr int64_t kIgnoreIndex = -100;  // the label of a token that has none

@@ -7,6 +7,7 @@
 
 #include "../checks.h"
 #include "capability.h"
+#include "destination.h"
 #include "softmax_fisher.h"
 
 #if defined(FISHERKERN_X86)
@@ -23,6 +24,15 @@ namespace {
 
 using Optional = std::optional<Tensor>;
 
+// The rows of a result, and how to write them.
+Rows destination(SoftmaxFisher& f, const Tensor& out, const Tensor& logits) {
+  const Rows rows = rows_of(out, logits, "out");
+  const int64_t width = f.dtype == DType::float64 ? 8 : f.dtype == DType::float32 ? 4 : 2;
+  const int64_t last = (f.batches - 1) * rows.batch_stride + (f.tokens - 1) * rows.token_stride;
+  f.past_caches = write_past_caches(rows.data, (last + f.classes) * width);
+  return rows;
+}
+
 template <class Body>
 void for_tokens(const SoftmaxFisher& f, Body&& body) {
   // a row is worth a thread from about 4096 classes on
@@ -33,8 +43,8 @@ void for_tokens(const SoftmaxFisher& f, Body&& body) {
 template <class Kernel>
 void product(Kernel kernel, const Tensor& logits, const Tensor& v, const Optional& weights,
              const Optional& logsumexp, double temperature, Tensor& out) {
-  const auto f = problem_of(logits, weights, {}, logsumexp, temperature);
-  const Rows vectors = rows_of(v, logits, "v"), to = rows_of(out, logits, "out");
+  auto f = problem_of(logits, weights, {}, logsumexp, temperature);
+  const Rows vectors = rows_of(v, logits, "v"), to = destination(f, out, logits);
   for_tokens(f, [&](int64_t begin, int64_t end) { kernel(f, vectors, to, begin, end); });
 }
 
@@ -56,9 +66,9 @@ void sqrt_rmatvec(const Tensor& logits, const Tensor& v, const Optional& weights
 void matvec_backward(const Tensor& logits, const Tensor& v, const Tensor& grad,
                      const Optional& weights, const Optional& logsumexp, double temperature,
                      Tensor out) {
-  const auto f = problem_of(logits, weights, {}, logsumexp, temperature);
+  auto f = problem_of(logits, weights, {}, logsumexp, temperature);
   const Rows a = rows_of(v, logits, "v"), b = rows_of(grad, logits, "grad");
-  const Rows to = rows_of(out, logits, "out");
+  const Rows to = destination(f, out, logits);
   const auto kernel = FISHERKERN_KERNEL(matvec_backward);
   for_tokens(f, [&](int64_t begin, int64_t end) { kernel(f, a, b, to, begin, end); });
 }
@@ -77,8 +87,8 @@ void quadratic(const Tensor& logits, const Tensor& v, const Optional& mask,
 
 void diagonal(const Tensor& logits, const Optional& weights, const Optional& logsumexp,
               double temperature, Tensor out) {
-  const auto f = problem_of(logits, weights, {}, logsumexp, temperature);
-  const Rows to = rows_of(out, logits, "out");
+  auto f = problem_of(logits, weights, {}, logsumexp, temperature);
+  const Rows to = destination(f, out, logits);
   const auto kernel = FISHERKERN_KERNEL(diagonal);
   for_tokens(f, [&](int64_t begin, int64_t end) { kernel(f, to, begin, end); });
 }
@@ -136,32 +146,32 @@ void stats(const Tensor& logits, const Optional& mask, const Optional& logsumexp
 
 void stats_backward(const Tensor& logits, const Tensor& values, const Tensor& grad,
                     const Optional& mask, double temperature, Tensor out) {
-  const auto f = problem_of(logits, {}, mask, {}, temperature);
+  auto f = problem_of(logits, {}, mask, {}, temperature);
   const int64_t elements = f.batches * f.tokens * kStats;
   const void* from = flat_of(values, logits, elements, "stats");
   const void* g = flat_of(grad, logits, elements, "grad");
-  const Rows to = rows_of(out, logits, "out");
+  const Rows to = destination(f, out, logits);
   const auto kernel = FISHERKERN_KERNEL(stats_backward);
   for_tokens(f, [&](int64_t begin, int64_t end) { kernel(f, from, g, to, begin, end); });
 }
 
 void gradient(const Tensor& logits, const Tensor& labels, const Optional& weights,
               const Optional& logsumexp, double temperature, Tensor out) {
-  const auto f = problem_of(logits, weights, {}, logsumexp, temperature);
+  auto f = problem_of(logits, weights, {}, logsumexp, temperature);
   const auto* y = static_cast<const int64_t*>(
       flat_of(labels, logits, f.batches * f.tokens, "labels", ScalarType::Long));
-  const Rows to = rows_of(out, logits, "out");
+  const Rows to = destination(f, out, logits);
   const auto kernel = FISHERKERN_KERNEL(gradient);
   for_tokens(f, [&](int64_t begin, int64_t end) { kernel(f, y, to, begin, end); });
 }
 
 void sample(const Tensor& logits, const Tensor& seed, const Optional& weights,
             const Optional& logsumexp, double temperature, Tensor labels, Tensor out) {
-  const auto f = problem_of(logits, weights, {}, logsumexp, temperature);
+  auto f = problem_of(logits, weights, {}, logsumexp, temperature);
   const int64_t key = *static_cast<const int64_t*>(flat_of(seed, logits, 1, "seed", ScalarType::Long));
   auto* y = static_cast<int64_t*>(
       flat_of(labels, logits, f.batches * f.tokens, "labels", ScalarType::Long));
-  const Rows to = rows_of(out, logits, "out");
+  const Rows to = destination(f, out, logits);
   const auto kernel = FISHERKERN_KERNEL(sample);
   for_tokens(f, [&](int64_t begin, int64_t end) { kernel(f, key, y, to, begin, end); });
 }

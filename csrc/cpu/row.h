@@ -1,11 +1,14 @@
-// The passes over one row that the kernels of this family are made of.
+// The one pass over the logits of a row that all kernels of this family share.
 //
-//   m        largest logit, at position `star` (the first of ties)
-//   e_j      exp((z_j - m) / tau), so that e_star = 1
-//   s'       sum of e_j without the star; s = 1 + s'
-//   P        largest probability: 1 / s, or exp(m / tau - logsumexp) where one was given; p_j = P e_j
-//   epsilon  1 - P = P s', never by subtraction
+//   r        reference: the largest logit of the first block, close to that of the row
+//   m        largest logit of the row, at position `star` (the first of ties)
+//   e_j      exp((z_j - r) / tau)
+//   s'       sum of e_j without the star
+//   p_j      unit e_j, with unit = 1 / (e_star + s') or exp(r / tau - logsumexp) where one is given
+//   P        p of the star; epsilon = unit s' is 1 - P, never by subtraction
 //
+// A fixed reference leaves nothing to rescale when a larger logit turns up, and a logit that is so
+// much larger that its power could overflow is met by starting again from the maximum of the row.
 // The star is left out of every sum and put back in closed form: what is small beside it on a peaked
 // row keeps its relative accuracy.
 #pragma once
@@ -19,18 +22,12 @@ namespace FISHERKERN_ISA {
 
 // Partial sums are flushed to double this often, which bounds the error of a long row. It is also
 // the unit in which sampling looks for its class.
-constexpr int64_t kBlock = 2048;
+constexpr int64_t kBlock = 4096;
 
 template <class T>
 inline T* row(const SoftmaxFisher& f, Rows rows, int64_t token) {
   return static_cast<T*>(rows.data) + (token / f.tokens) * rows.batch_stride +
          (token % f.tokens) * rows.token_stride;
-}
-
-// The logits of the token after this one among those of a task, or null.
-template <class T>
-inline const T* next_row(const SoftmaxFisher& f, int64_t token, int64_t end) {
-  return token + 1 < end ? row<const T>(f, f.logits, token + 1) : nullptr;
 }
 
 // The weight of a token; 1 where there are none.
@@ -49,41 +46,23 @@ inline A* scratch(int64_t classes) {
   return memory.data();
 }
 
-template <class A>
-struct Largest {
-  A value;
-  int64_t star;
-};
-
-// NaN compares as less than everything: it reaches the sums instead, as exp(NaN - m).
+// NaN compares as less than everything: it reaches the sums instead, as exp(NaN).
 template <class T>
-inline Largest<Acc<T>> largest(const T* z, int64_t classes) {
+inline Acc<T> maximum_of(const T* z, int64_t begin, int64_t end) {
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
   const A lowest = -std::numeric_limits<A>::infinity();
-  A best = lowest;
-  int64_t block = 0;
-  for (int64_t begin = 0; begin < classes; begin += kBlock) {
-    const int64_t end = std::min(begin + kBlock, classes);
-    Vec<A> m0 = broadcast(lowest), m1 = m0, m2 = m0, m3 = m0;
-    int64_t i = begin;
-    for (; i + 4 * L <= end; i += 4 * L) {
-      m0 = maximum(load(z + i), m0);
-      m1 = maximum(load(z + i + L), m1);
-      m2 = maximum(load(z + i + 2 * L), m2);
-      m3 = maximum(load(z + i + 3 * L), m3);
-    }
-    for (; i + L <= end; i += L) m0 = maximum(load(z + i), m0);
-    if (i < end) m1 = maximum(load_some(z + i, end - i, lowest), m1);
-    const A top = horizontal_maximum(maximum(maximum(m0, m1), maximum(m2, m3)));
-    if (top > best) {
-      best = top;
-      block = begin;
-    }
+  Vec<A> m0 = broadcast(lowest), m1 = m0, m2 = m0, m3 = m0;
+  int64_t i = begin;
+  for (; i + 4 * L <= end; i += 4 * L) {
+    m0 = maximum(load(z + i), m0);
+    m1 = maximum(load(z + i + L), m1);
+    m2 = maximum(load(z + i + 2 * L), m2);
+    m3 = maximum(load(z + i + 3 * L), m3);
   }
-  int64_t star = block;
-  while (star + 1 < classes && !(to_accumulation(z[star]) == best)) ++star;
-  return {best, star};
+  for (; i + L <= end; i += L) m0 = maximum(load(z + i), m0);
+  if (i < end) m1 = maximum(load_some(z + i, end - i, lowest), m1);
+  return horizontal_maximum(maximum(maximum(m0, m1), maximum(m2, m3)));
 }
 
 // Runs body(i, count) over [begin, end): count is the constant number of lanes but for the last.
@@ -112,77 +91,117 @@ inline void store_lanes(T* to, Vec<Acc<T>> x, int64_t count) {
   store_some(to, x, count);
 }
 
-template <int N>
-struct Sums {
-  double value[N] = {};
+template <class T>
+inline void fill_row(T* out, int64_t classes, Acc<T> value) {
+  for_lanes<Acc<T>>(0, classes, [&](int64_t i, auto count) {
+    store_lanes(out + i, broadcast<Acc<T>>(value), count);
+  });
+}
+
+template <class A, int N>
+struct RowSums {
+  A reference;
+  A max;
+  A star_power;  // e of the star
+  int64_t star;
+  double value[N];  // without the star; value[0] is s', NaN where the row has no distribution
+
+  double whole() const { return star_power + value[0]; }
 };
 
-// One pass over the e_j of a row without its star, d = z - m. Stores them to `e` (the star's 1 as
-// well) unless that is null. Accumulator 0 of N is s'; term(i, count, e_j, d, sums) adds to the
-// others. The mass of each block, star included, goes to `block_mass` unless that is null.
-//
-// Meanwhile it asks for the logits of the row `next` (if not null), so that the search for their
-// maximum finds them in the cache: without this, memory idles while exponentials are computed.
+// Logits this far above the reference (times tau) start the row again: exp(3 * 25) fits a float.
+constexpr double kHeadroom = 25;
+
+// Stores the e_j to `e` unless that is null. Accumulator 0 of N is s'; term(i, count, e_j, d, sums)
+// adds to the others, d = z - r. The mass of each block, star included, goes to `block_mass` unless
+// that is null. While it works on a block it asks for the next one, which otherwise leaves memory
+// idle during the arithmetic.
 template <int N, class T, class Term>
-inline Sums<N> exponentials(const T* z, const T* next, int64_t classes, Largest<Acc<T>> top,
-                            const Exponential<Acc<T>>& exponential, Acc<T>* e, double* block_mass,
-                            Term&& term) {
+RowSums<Acc<T>, N> exponentials(const T* z, int64_t classes, const Exponential<Acc<T>>& exponential,
+                                Acc<T>* e, double* block_mass, Term&& term,
+                                bool from_maximum = false) {
   using A = Acc<T>;
   const A lowest = -std::numeric_limits<A>::infinity();
-  Sums<N> total;
+  RowSums<A, N> row{};
+  row.reference = lowest;
+  for (int64_t begin = 0; begin < classes && row.reference == lowest; begin += kBlock)
+    row.reference = maximum_of(z, begin, std::min(begin + kBlock, classes));
+  if (from_maximum) row.reference = maximum_of(z, 0, classes);
+  const A reference = row.reference;
+  if (!(std::abs(reference) < -lowest)) {  // nothing but -inf and NaN, or +inf
+    row.value[0] = std::numeric_limits<double>::quiet_NaN();
+    row.max = reference;
+    if (e) fill_row(e, classes, std::numeric_limits<A>::quiet_NaN());
+    return row;
+  }
+  const A ceiling = reference + static_cast<A>(kHeadroom * exponential.temperature);
+
   auto part = [&](int64_t begin, int64_t end) {
     Vec<A> sums[N] = {};
     for_lanes<A>(begin, end, [&](int64_t i, auto count) {
-      if (next) __builtin_prefetch(next + i, 0, 2);
-      const Vec<A> d = load_lanes(z + i, count, lowest) - top.value;
+      __builtin_prefetch(z + i + kBlock, 0, 3);
+      const Vec<A> d = load_lanes(z + i, count, lowest) - reference;
       const Vec<A> ej = exponential(d);
       if (e) store_lanes(e + i, ej, count);
       sums[0] += ej;
       term(i, count, ej, d, sums);
     });
     const double mass = horizontal_sum(sums[0]);
-    total.value[0] += mass;
-    for (int n = 1; n < N; ++n) total.value[n] += horizontal_sum(sums[n]);
+    row.value[0] += mass;
+    for (int n = 1; n < N; ++n) row.value[n] += horizontal_sum(sums[n]);
     return mass;
   };
+
+  row.star = -1;
+  row.max = lowest;
   for (int64_t begin = 0; begin < classes; begin += kBlock) {
     const int64_t end = std::min(begin + kBlock, classes);
-    double mass;
-    if (top.star >= begin && top.star < end) {
-      const double before = part(begin, top.star);
-      mass = before + part(top.star + 1, end);
-      mass += 1;
+    const A top = maximum_of(z, begin, end);
+    double mass = 0;
+    if (top > row.max) {
+      if (!(top <= ceiling) && !from_maximum)
+        return exponentials<N>(z, classes, exponential, e, block_mass, term, true);
+      if (row.star >= 0) part(row.star, row.star + 1);  // an ordinary class from now on
+      row.max = top;
+      row.star = begin;
+      while (!(to_accumulation(z[row.star]) == top)) ++row.star;
+      row.star_power = exponential(broadcast<A>(top - reference))[0];
+      if (e) e[row.star] = row.star_power;
+      mass = part(begin, row.star);
+      mass += part(row.star + 1, end);
+      mass += row.star_power;
     } else {
       mass = part(begin, end);
     }
     if (block_mass) block_mass[begin / kBlock] = mass;
   }
-  // a row of nothing but -inf, and one that holds +inf, have no distribution
-  const A self = to_accumulation(z[top.star]) - top.value;
-  if (e) e[top.star] = self == 0 ? A(1) : std::numeric_limits<A>::quiet_NaN();
-  if (!(self == 0)) total.value[0] = std::numeric_limits<double>::quiet_NaN();
-  return total;
+  if (!(row.max < -lowest)) row.value[0] = std::numeric_limits<double>::quiet_NaN();
+  return row;
 }
+
+// Nothing to add besides s'.
+struct NoTerm {
+  template <class... Arguments>
+  void operator()(Arguments&&...) const {}
+};
 
 template <class A>
 struct Distribution {
+  A unit;
   A largest;  // P
   A epsilon;
 };
 
-// P and epsilon from s' (and the logsumexp of the token, if there is one).
-template <class T>
+template <class T, int N>
 inline Distribution<Acc<T>> distribution(const SoftmaxFisher& f, int64_t token,
-                                         Largest<Acc<T>> top, double rest) {
+                                         const RowSums<Acc<T>, N>& row) {
   using A = Acc<T>;
-  double p = 1 / (1 + rest);
-  if (f.logsumexp && rest == rest)
-    p = std::exp(top.value / f.temperature - static_cast<const A*>(f.logsumexp)[token]);
-  return {static_cast<A>(p), static_cast<A>(p * rest)};
+  double unit = 1 / row.whole();
+  if (f.logsumexp && unit == unit)
+    unit = std::exp(row.reference / f.temperature - static_cast<const A*>(f.logsumexp)[token]);
+  return {static_cast<A>(unit), static_cast<A>(unit * row.star_power),
+          static_cast<A>(unit * row.value[0])};
 }
-
-// A result this large leaves the caches before anyone reads it: it is written past them.
-constexpr int64_t kStreamBytes = 16 << 20;
 
 // out[i] = value(i, lanes) over a row of a result [T, V]. `out` may be the logits.
 template <class T, class Value>
@@ -191,7 +210,7 @@ inline void write_row(const SoftmaxFisher& f, T* out, Value&& value) {
   constexpr int L = kLanes<A>;
   constexpr std::integral_constant<int, L> all{};
   const int64_t V = f.classes;
-  if (f.batches * f.tokens * V * static_cast<int64_t>(sizeof(T)) < kStreamBytes) {
+  if (!f.past_caches) {
     for_lanes<A>(0, V, [&](int64_t i, auto lanes) { store_lanes(out + i, value(i, lanes), lanes); });
     return;
   }
@@ -202,13 +221,6 @@ inline void write_row(const SoftmaxFisher& f, T* out, Value&& value) {
   for (; i + L <= V; i += L) store_streaming(out + i, value(i, all));
   if (i < V) store_lanes(out + i, value(i, V - i), V - i);
   finish_streaming();
-}
-
-template <class T>
-inline void fill_row(T* out, int64_t classes, Acc<T> value) {
-  for_lanes<Acc<T>>(0, classes, [&](int64_t i, auto count) {
-    store_lanes(out + i, broadcast<Acc<T>>(value), count);
-  });
 }
 
 }  // namespace FISHERKERN_ISA

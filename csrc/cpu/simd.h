@@ -265,39 +265,63 @@ inline Vec<double> square_root(Vec<double> x) {
   return x;
 }
 
-template <class V>
-inline auto horizontal_sum(V x) {
-  // pairwise: the order does not depend on anything but the width of the vector
-  constexpr int lanes = sizeof(V) / sizeof(x[0]);
-  double part[lanes];
-  for (int i = 0; i < lanes; ++i) part[i] = x[i];
-  for (int width = lanes / 2; width > 0; width /= 2)
+// Pairwise and in double: the order depends on nothing but the width of the vector.
+inline double horizontal_sum(Vec<float> x) {
+#if defined(__AVX512F__)
+  const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(x));
+  const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1));
+  return _mm512_reduce_add_pd(_mm512_add_pd(low, high));
+#else
+  double part[kLanes<float>];
+  for (int i = 0; i < kLanes<float>; ++i) part[i] = x[i];
+  for (int width = kLanes<float> / 2; width > 0; width /= 2)
     for (int i = 0; i < width; ++i) part[i] += part[i + width];
   return part[0];
+#endif
 }
 
-template <class V>
-inline auto horizontal_maximum(V x) {
-  constexpr int lanes = sizeof(V) / sizeof(x[0]);
-  auto largest = x[0];
-  for (int i = 1; i < lanes; ++i) largest = x[i] > largest ? x[i] : largest;
+inline double horizontal_sum(Vec<double> x) {
+  double sum = 0;
+  for (int i = 0; i < kLanes<double>; ++i) sum += x[i];
+  return sum;
+}
+
+inline float horizontal_maximum(Vec<float> x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(x);
+#else
+  float largest = x[0];
+  for (int i = 1; i < kLanes<float>; ++i) largest = x[i] > largest ? x[i] : largest;
+  return largest;
+#endif
+}
+
+inline double horizontal_maximum(Vec<double> x) {
+  double largest = x[0];
+  for (int i = 1; i < kLanes<double>; ++i) largest = x[i] > largest ? x[i] : largest;
   return largest;
 }
 
-// exp(d / tau) for d <= 0 (and a little above), to within 1 ulp of the rounding of d. The reduced
-// argument comes from one fused multiply-add, so that the error does not grow with |d|. Results below
-// 2^-126 are zero, -inf included; NaN stays NaN.
+// exp(d / tau) below the overflow of the type, to within 1 ulp of the rounding of d. The reduced
+// argument comes from one fused multiply-add, so that the error does not grow with |d|. Results far
+// below 2^-126 are zero, that of -inf included; NaN stays NaN.
 template <class A>
 struct Exponential;
 
 template <>
 struct Exponential<float> {
+#if defined(__AVX512F__)
+  static constexpr double kLeastExponent = -200;
+#else
+  static constexpr double kLeastExponent = -126;  // of what the exponent bits can hold
+#endif
+  double temperature;
   float scale, scale_low, least;
-  explicit Exponential(double temperature) {
+  explicit Exponential(double tau) : temperature(tau) {
     const double exact = 1.4426950408889634 / temperature;
     scale = static_cast<float>(exact);
     scale_low = static_cast<float>(exact - scale);
-    least = static_cast<float>(-126.0 / exact);
+    least = static_cast<float>(kLeastExponent / exact);
   }
   Vec<float> operator()(Vec<float> d) const {
     const Vec<float> bounded = maximum(broadcast(least), d);
@@ -315,9 +339,7 @@ struct Exponential<float> {
     p = multiply_add(p, f, broadcast(6.93147215e-1f));
     p = multiply_add(p, f, broadcast(1.0f));
 #if defined(__AVX512F__)
-    const Vec<float> e = _mm512_scalef_ps(p, n);
-    return _mm512_mask_mov_ps(e, _mm512_cmp_ps_mask(d, broadcast(least), _CMP_LT_OQ),
-                              _mm512_setzero_ps());
+    return _mm512_scalef_ps(p, n);  // underflows by itself
 #else
     const vuint32 exponent = (reinterpret_cast<vuint32>(whole) + 127u) << 23;
     const Vec<float> e = p * reinterpret_cast<Vec<float>>(exponent);

@@ -12,10 +12,10 @@ void write_gradient(const SoftmaxFisher& f, Distribution<Acc<T>> p, const Acc<T>
                     int64_t label, Acc<T> w, T* out) {
   using A = Acc<T>;
   const A unit = w / static_cast<A>(f.temperature);
-  const Vec<A> scale = broadcast(unit * p.largest);
+  const Vec<A> scale = broadcast(unit * p.unit);
   // out may be the logits: e holds all that is still needed of them
   write_row(f, out, [&](int64_t i, auto count) { return load_lanes(e + i, count) * scale; });
-  const A missing = label == star ? p.epsilon : 1 - p.largest * e[label];
+  const A missing = label == star ? p.epsilon : 1 - p.unit * e[label];
   from_accumulation(-unit * missing, out + label);
 }
 
@@ -38,11 +38,9 @@ void gradient_of(const SoftmaxFisher& f, const int64_t* labels, Rows out, int64_
       continue;
     }
     const T* z = row<const T>(f, f.logits, token);
-    const auto top = largest(z, V);
-    const auto sums = exponentials<1>(z, next_row<T>(f, token, end), V, top, exponential, e, nullptr,
-                                      [](int64_t, auto, Vec<A>, Vec<A>, Vec<A>*) {});
-    const auto p = distribution<T>(f, token, top, sums.value[0]);
-    write_gradient<T>(f, p, e, top.star, labels[token], w, to);
+    const auto sums = exponentials<1>(z, V, exponential, e, nullptr, NoTerm{});
+    const auto p = distribution<T>(f, token, sums);
+    write_gradient<T>(f, p, e, sums.star, labels[token], w, to);
   }
 }
 
@@ -91,16 +89,14 @@ void sample_of(const SoftmaxFisher& f, int64_t seed, int64_t* labels, Rows out, 
       continue;
     }
     const T* z = row<const T>(f, f.logits, token);
-    const auto top = largest(z, V);
-    const auto sums = exponentials<1>(z, next_row<T>(f, token, end), V, top, exponential, e, block_mass.data(),
-                                      [](int64_t, auto, Vec<A>, Vec<A>, Vec<A>*) {});
+    const auto sums = exponentials<1>(z, V, exponential, e, block_mass.data(), NoTerm{});
     if (sums.value[0] != sums.value[0]) {
       fill_row(to, V, std::numeric_limits<A>::quiet_NaN());
       continue;
     }
     labels[token] = invert(e, V, block_mass, philox_uniform(seed, token));
-    const auto p = distribution<T>(f, token, top, sums.value[0]);
-    write_gradient<T>(f, p, e, top.star, labels[token], w, to);
+    const auto p = distribution<T>(f, token, sums);
+    write_gradient<T>(f, p, e, sums.star, labels[token], w, to);
   }
 }
 

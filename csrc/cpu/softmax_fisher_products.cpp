@@ -1,7 +1,8 @@
 // F v, its square roots, its derivative, and quadratic forms, row by row.
 //
-// Vectors are centred at v* = v[star] before they are averaged: mu = P sum' e_j (v_j - v*), so that
-// v_j - <p, v> = (v_j - v*) - mu does not cancel on a peaked row.
+// Vectors are centred at v* = v[star] before they are averaged: mu = sum' p_j (v_j - v*), so that
+// v_j - <p, v> = (v_j - v*) - mu does not cancel on a peaked row. While the star is not known yet,
+// v[0] stands in for v*; what that adds, (v[0] - v*) epsilon, is small where P is large.
 #include "row.h"
 #include "softmax_fisher.h"
 
@@ -11,41 +12,48 @@ namespace {
 
 enum class Product { fisher, root, root_transposed };
 
+// sum' p_j (v_j - v*) from sum' e_j (v_j - v[0])
+template <class T, int N>
+Acc<T> mean_from_star(const RowSums<Acc<T>, N>& row, Distribution<Acc<T>> p, int n, const T* v) {
+  const int64_t star = std::max<int64_t>(row.star, 0);
+  const double shift = double(to_accumulation(v[0])) - to_accumulation(v[star]);
+  return static_cast<Acc<T>>(p.unit * (row.value[n] + shift * row.value[0]));
+}
+
 template <class T, Product kind>
-void product_row(const SoftmaxFisher& f, int64_t token, int64_t end, const T* z, const T* v, Acc<T> w, T* out) {
+void product_row(const SoftmaxFisher& f, int64_t token, const T* z, const T* v, Acc<T> w, T* out) {
   using A = Acc<T>;
   const int64_t V = f.classes;
   const Exponential<A> exponential(f.temperature);
   A* e = scratch<A>(V);
-  const auto top = largest(z, V);
-  const A v_star = to_accumulation(v[top.star]);
+  const A centre = to_accumulation(v[0]);
   const auto sums = exponentials<2>(
-      z, next_row<T>(f, token, end), V, top, exponential, e, nullptr,
-      [&](int64_t i, auto count, Vec<A> ej, Vec<A>, Vec<A>* s) {
+      z, V, exponential, e, nullptr, [&](int64_t i, auto count, Vec<A> ej, Vec<A>, Vec<A>* s) {
         if constexpr (kind == Product::root) {
           s[1] = multiply_add(square_root(ej), load_lanes(v + i, count), s[1]);
         } else {
-          s[1] = multiply_add(ej, load_lanes(v + i, count) - v_star, s[1]);
+          s[1] = multiply_add(ej, load_lanes(v + i, count) - centre, s[1]);
         }
       });
-  const auto p = distribution<T>(f, token, top, sums.value[0]);
+  const auto p = distribution<T>(f, token, sums);
+  const int64_t star = std::max<int64_t>(sums.star, 0);
+  const A v_star = to_accumulation(v[star]);
   if constexpr (kind == Product::root) {
     // sqrt(p) v - p <sqrt p, v>; at the star P is taken out of the bracket, which leaves epsilon
     const A scale = w / static_cast<A>(f.temperature);
+    const A rest = std::sqrt(p.unit) * static_cast<A>(sums.value[1]);
     const A root = std::sqrt(p.largest);
-    const A rest = root * static_cast<A>(sums.value[1]);
-    const Vec<A> along = broadcast(root * scale);
-    const Vec<A> dot = broadcast(-(root * v_star + rest) * p.largest * scale);
+    const Vec<A> along = broadcast(std::sqrt(p.unit) * scale);
+    const Vec<A> dot = broadcast(-(root * v_star + rest) * p.unit * scale);
     write_row(f, out, [&](int64_t i, auto count) {
       const Vec<A> ej = load_lanes(e + i, count);
       return multiply_add(ej, dot, square_root(ej) * along * load_lanes(v + i, count));
     });
-    from_accumulation(scale * (root * p.epsilon * v_star - p.largest * rest), out + top.star);
+    from_accumulation(scale * (root * p.epsilon * v_star - p.largest * rest), out + star);
   } else {
-    const A mean = p.largest * static_cast<A>(sums.value[1]);
+    const A mean = mean_from_star(sums, p, 1, v);
     const A tau = static_cast<A>(f.temperature);
-    const A scale = kind == Product::fisher ? w * p.largest / (tau * tau)
-                                            : w * std::sqrt(p.largest) / tau;
+    const A scale = kind == Product::fisher ? w * p.unit / (tau * tau) : w * std::sqrt(p.unit) / tau;
     write_row(f, out, [&](int64_t i, auto count) {
       const Vec<A> centred = load_lanes(v + i, count) - v_star - mean;
       Vec<A> factor = load_lanes(e + i, count);
@@ -63,7 +71,7 @@ void product(const SoftmaxFisher& f, Rows v, Rows out, int64_t begin, int64_t en
     if (w == 0) {
       fill_row(to, f.classes, Acc<T>(0));
     } else {
-      product_row<T, kind>(f, token, end, row<const T>(f, f.logits, token), row<const T>(f, v, token), w,
+      product_row<T, kind>(f, token, row<const T>(f, f.logits, token), row<const T>(f, v, token), w,
                            to);
     }
   }
@@ -99,17 +107,16 @@ void matvec_backward_of(const SoftmaxFisher& f, Rows v, Rows grad, Rows out, int
     const T* z = row<const T>(f, f.logits, token);
     const T* a = row<const T>(f, v, token);
     const T* b = row<const T>(f, grad, token);
-    const auto top = largest(z, V);
-    const A a_star = to_accumulation(a[top.star]), b_star = to_accumulation(b[top.star]);
+    const A a_centre = to_accumulation(a[0]), b_centre = to_accumulation(b[0]);
     const auto sums = exponentials<3>(
-        z, next_row<T>(f, token, end), V, top, exponential, e, nullptr,
-        [&](int64_t i, auto count, Vec<A> ej, Vec<A>, Vec<A>* s) {
-          s[1] = multiply_add(ej, load_lanes(a + i, count) - a_star, s[1]);
-          s[2] = multiply_add(ej, load_lanes(b + i, count) - b_star, s[2]);
+        z, V, exponential, e, nullptr, [&](int64_t i, auto count, Vec<A> ej, Vec<A>, Vec<A>* s) {
+          s[1] = multiply_add(ej, load_lanes(a + i, count) - a_centre, s[1]);
+          s[2] = multiply_add(ej, load_lanes(b + i, count) - b_centre, s[2]);
         });
-    const auto p = distribution<T>(f, token, top, sums.value[0]);
-    const A a_mean = p.largest * static_cast<A>(sums.value[1]);
-    const A b_mean = p.largest * static_cast<A>(sums.value[2]);
+    const auto p = distribution<T>(f, token, sums);
+    const int64_t star = std::max<int64_t>(sums.star, 0);
+    const A a_star = to_accumulation(a[star]), b_star = to_accumulation(b[star]);
+    const A a_mean = mean_from_star(sums, p, 1, a), b_mean = mean_from_star(sums, p, 2, b);
     auto centred_product = [&](int64_t i, auto count) {
       return (load_lanes(a + i, count) - a_star - a_mean) *
              (load_lanes(b + i, count) - b_star - b_mean);
@@ -118,8 +125,8 @@ void matvec_backward_of(const SoftmaxFisher& f, Rows v, Rows grad, Rows out, int
     for_lanes<A>(0, V, [&](int64_t i, auto count) {
       products = multiply_add(load_lanes(e + i, count), centred_product(i, count), products);
     });
-    const A mean = p.largest * static_cast<A>(horizontal_sum(products));
-    const A scale = w * p.largest / static_cast<A>(f.temperature * f.temperature * f.temperature);
+    const A mean = p.unit * static_cast<A>(horizontal_sum(products));
+    const A scale = w * p.unit / static_cast<A>(f.temperature * f.temperature * f.temperature);
     write_row(f, to, [&](int64_t i, auto count) {
       return load_lanes(e + i, count) * scale * (centred_product(i, count) - mean);
     });
@@ -142,16 +149,15 @@ void quadratic_of(const SoftmaxFisher& f, Rows v, int64_t direction_stride, int6
     }
     const T* z = row<const T>(f, f.logits, token);
     const T* directions = row<const T>(f, v, token);
-    const auto top = largest(z, V);
-    const A star = to_accumulation(directions[top.star]);
+    const A centre = to_accumulation(directions[0]);
     // the first direction joins the pass over the logits; further ones read e again
     const auto sums = exponentials<2>(
-        z, next_row<T>(f, token, end), V, top, exponential, e, nullptr,
-        [&](int64_t i, auto count, Vec<A> ej, Vec<A>, Vec<A>* s) {
-          s[1] = multiply_add(ej, load_lanes(directions + i, count) - star, s[1]);
+        z, V, exponential, e, nullptr, [&](int64_t i, auto count, Vec<A> ej, Vec<A>, Vec<A>* s) {
+          s[1] = multiply_add(ej, load_lanes(directions + i, count) - centre, s[1]);
         });
-    const auto p = distribution<T>(f, token, top, sums.value[0]);
-    offset[0] = star + p.largest * static_cast<A>(sums.value[1]);
+    const auto p = distribution<T>(f, token, sums);
+    const int64_t star = std::max<int64_t>(sums.star, 0);
+    offset[0] = to_accumulation(directions[star]) + mean_from_star(sums, p, 1, directions);
     auto accumulate = [&](auto&& term) {
       double total = 0;
       for (int64_t block = 0; block < V; block += kBlock) {
@@ -161,11 +167,11 @@ void quadratic_of(const SoftmaxFisher& f, Rows v, int64_t direction_stride, int6
         });
         total += horizontal_sum(sum);
       }
-      return static_cast<A>(p.largest * total);
+      return static_cast<A>(p.unit * total);
     };
     for (int64_t k = 1; k < K; ++k) {
       const T* direction = directions + k * direction_stride;
-      const A at_star = to_accumulation(direction[top.star]);
+      const A at_star = to_accumulation(direction[star]);
       offset[k] = at_star + accumulate([&](int64_t i, auto count) {
                     return load_lanes(direction + i, count) - at_star;
                   });
@@ -198,16 +204,14 @@ void diagonal_of(const SoftmaxFisher& f, Rows out, int64_t begin, int64_t end) {
       continue;
     }
     const T* z = row<const T>(f, f.logits, token);
-    const auto top = largest(z, V);
-    const auto sums = exponentials<1>(z, next_row<T>(f, token, end), V, top, exponential, e, nullptr,
-                                      [](int64_t, auto, Vec<A>, Vec<A>, Vec<A>*) {});
-    const auto p = distribution<T>(f, token, top, sums.value[0]);
-    const A scale = w * p.largest / static_cast<A>(f.temperature * f.temperature);
+    const auto sums = exponentials<1>(z, V, exponential, e, nullptr, NoTerm{});
+    const auto p = distribution<T>(f, token, sums);
+    const A scale = w * p.unit / static_cast<A>(f.temperature * f.temperature);
     write_row(f, to, [&](int64_t i, auto count) {
       const Vec<A> ej = load_lanes(e + i, count);
-      return ej * scale * (1 - ej * p.largest);
+      return ej * scale * (1 - ej * p.unit);
     });
-    from_accumulation(scale * p.epsilon, to + top.star);
+    from_accumulation(scale * sums.star_power * p.epsilon, to + std::max<int64_t>(sums.star, 0));
   }
 }
 

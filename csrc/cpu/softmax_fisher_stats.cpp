@@ -23,12 +23,12 @@ void trace_of(const SoftmaxFisher& f, void* out, int64_t begin, int64_t end) {
       continue;
     }
     const T* z = row<const T>(f, f.logits, token);
-    const auto top = largest(z, f.classes);
     const auto sums = exponentials<2>(
-        z, next_row<T>(f, token, end), f.classes, top, exponential, static_cast<A*>(nullptr), nullptr,
+        z, f.classes, exponential, static_cast<A*>(nullptr), nullptr,
         [](int64_t, auto, Vec<A> ej, Vec<A>, Vec<A>* s) { s[1] = multiply_add(ej, ej, s[1]); });
-    const auto p = distribution<T>(f, token, top, sums.value[0]);
-    const double P = p.largest, epsilon = p.epsilon, Q = P * P * sums.value[1];
+    const auto p = distribution<T>(f, token, sums);
+    const double unit = p.unit;
+    const double P = p.largest, epsilon = p.epsilon, Q = unit * unit * sums.value[1];
     to = static_cast<A>((P * epsilon + epsilon - Q) / (f.temperature * f.temperature));
   }
 }
@@ -45,10 +45,9 @@ void stats_of(const SoftmaxFisher& f, void* out, int64_t begin, int64_t end) {
       continue;
     }
     const T* z = row<const T>(f, f.logits, token);
-    const auto top = largest(z, f.classes);
     const Vec<A> least = broadcast(std::numeric_limits<A>::lowest());
     const auto sums = exponentials<4>(
-        z, next_row<T>(f, token, end), f.classes, top, exponential, static_cast<A*>(nullptr), nullptr,
+        z, f.classes, exponential, static_cast<A*>(nullptr), nullptr,
         [&](int64_t, auto, Vec<A> ej, Vec<A> d, Vec<A>* s) {
           const Vec<A> square = ej * ej;
           s[1] += square;
@@ -56,14 +55,16 @@ void stats_of(const SoftmaxFisher& f, void* out, int64_t begin, int64_t end) {
           s[3] = multiply_add(ej, maximum(least, d), s[3]);  // 0 times -inf is 0 here
         });
     const double rest = sums.value[0];
-    const auto p = distribution<T>(f, token, top, rest);
-    const double P = p.largest, epsilon = p.epsilon;
-    const double Q = P * P * sums.value[1], C = P * P * P * sums.value[2];
-    const double m = top.value / tau;
-    double above = std::log1p(rest);  // logsumexp - m / tau
+    const auto p = distribution<T>(f, token, sums);
+    const double P = p.largest, epsilon = p.epsilon, unit = p.unit;
+    const double Q = unit * unit * sums.value[1], C = unit * unit * unit * sums.value[2];
+    const double m = sums.max / tau;
+    double above = std::log1p(rest / sums.star_power);  // logsumexp - m / tau
     if (f.logsumexp && rest == rest) above = static_cast<const A*>(f.logsumexp)[token] - m;
+    // sum' p_j (m - z_j) / tau, from what was summed with r in place of m
+    const double depth = unit * ((double(sums.max) - sums.reference) * rest - sums.value[3]) / tau;
     to[0] = static_cast<A>(m + above);
-    to[1] = static_cast<A>(above - P * sums.value[3] / tau);
+    to[1] = static_cast<A>(above + depth);
     to[2] = static_cast<A>((P * epsilon + epsilon - Q) / tau2);
     to[3] = static_cast<A>((P * P * (epsilon * epsilon + 2 * Q) + Q - 2 * C + Q * Q) /
                            (tau2 * tau2));
@@ -88,7 +89,7 @@ void stats_backward_of(const SoftmaxFisher& f, const void* stats, const void* gr
     const T* z = row<const T>(f, f.logits, token);
     const A* value = static_cast<const A*>(stats) + token * kStats;
     const A* g = static_cast<const A*>(grad) + token * kStats;
-    const auto top = largest(z, V);
+    const A max = maximum_of(z, 0, V);
     const double P = value[4];
     // <p, a> in closed form from the statistics of the row
     const double s2 = 1 - tau2 * value[2];
@@ -96,7 +97,7 @@ void stats_backward_of(const SoftmaxFisher& f, const void* stats, const void* gr
     const double mean = g[1] * double(value[1]) - 2 * g[2] * s2 / tau2 +
                         g[3] * (2 * s2 - 6 * s3 + 4 * s2 * s2) / tau4;
     // p (constant + linear p + quadratic p^2 + logarithmic log p) / tau
-    const A log_largest = static_cast<A>(top.value / tau - value[0]);
+    const A log_largest = static_cast<A>(max / tau - value[0]);
     const A constant = static_cast<A>(g[0] - mean - g[4] * P - g[1] * double(log_largest));
     const A linear = static_cast<A>(P * (-2 * g[2] / tau2 + g[3] * (2 + 4 * s2) / tau4));
     const A quadratic = static_cast<A>(-6 * P * P * g[3] / tau4);
@@ -104,7 +105,7 @@ void stats_backward_of(const SoftmaxFisher& f, const void* stats, const void* gr
     const A scale = static_cast<A>(P / tau);
     const Vec<A> least = broadcast(std::numeric_limits<A>::lowest());
     write_row(f, to, [&](int64_t i, auto count) {
-      const Vec<A> d = load_lanes(z + i, count, lowest) - top.value;
+      const Vec<A> d = load_lanes(z + i, count, lowest) - max;
       const Vec<A> e = exponential(d);
       Vec<A> a = multiply_add(e, broadcast(quadratic), broadcast(linear));
       a = multiply_add(e, a, broadcast(constant));
@@ -113,10 +114,10 @@ void stats_backward_of(const SoftmaxFisher& f, const void* stats, const void* gr
     });
     if (g[4] != 0) {  // ties share the derivative of the largest probability
       int64_t ties = 0;
-      for (int64_t i = top.star; i < V; ++i) ties += to_accumulation(z[i]) == top.value;
+      for (int64_t i = 0; i < V; ++i) ties += to_accumulation(z[i]) == max;
       const A share = static_cast<A>(g[4] * P / (tau * ties));
-      for (int64_t i = top.star; i < V; ++i)
-        if (to_accumulation(z[i]) == top.value)
+      for (int64_t i = 0; i < V; ++i)
+        if (to_accumulation(z[i]) == max)
           from_accumulation(to_accumulation(to[i]) + share, to + i);
     }
   }

@@ -9,50 +9,49 @@ namespace {
 // Rows added before the running sum moves on to the total, which bounds the rounding of many rows.
 constexpr int64_t kFlush = 64;
 
-// Rows are added in groups, for which the running sum is read and written once. The logits of a
-// group stay in the second-level cache between their normaliser and their sum.
+// Rows are added in groups, for which the running sum is read and written once. Their powers and
+// the running sum should stay in a second-level cache.
 constexpr int kGroup = 4;
 constexpr int64_t kGroupBytes = 1 << 20;
 
-template <class T>
+template <class A>
 struct Term {
-  const T* z;
-  Largest<Acc<T>> top;
-  Distribution<Acc<T>> p;
-  Acc<T> scale;
+  const A* e;
+  Distribution<A> p;
+  A scale;
+  int64_t star;
+  A star_power;
 };
 
-// sum[i] += scale p_i, or scale p_i (1 - p_i), over `count` rows.
-template <class T, bool kDiagonal, int count>
-void add_group(const Term<T>* terms, const Exponential<Acc<T>>& exponential, int64_t classes,
-               Acc<T>* sum) {
-  using A = Acc<T>;
-  const A lowest = -std::numeric_limits<A>::infinity();
+// sum[i] += scale e_i, or scale e_i (1 - p_i), over `count` rows.
+template <class A, bool kDiagonal, int count>
+void add_group(const Term<A>* terms, int64_t classes, A* sum) {
   // in registers: the compiler cannot know that storing the sum leaves the terms alone
-  const T* z[count];
-  Vec<A> max[count], scale[count], P[count];
+  const A* e[count];
+  Vec<A> scale[count], unit[count];
   for (int r = 0; r < count; ++r) {
-    z[r] = terms[r].z;
-    max[r] = broadcast(terms[r].top.value);
+    e[r] = terms[r].e;
     scale[r] = broadcast(terms[r].scale);
-    P[r] = broadcast(terms[r].p.largest);
+    unit[r] = broadcast(terms[r].p.unit);
   }
   for_lanes<A>(0, classes, [&](int64_t i, auto lanes) {
     Vec<A> running = load_lanes(sum + i, lanes);
     for (int r = 0; r < count; ++r) {
-      const Vec<A> e = exponential(load_lanes(z[r] + i, lanes, lowest) - max[r]);
+      const Vec<A> ej = load_lanes(e[r] + i, lanes);
       if constexpr (kDiagonal) {
-        running = multiply_add(e * scale[r], 1 - e * P[r], running);
+        running = multiply_add(ej * scale[r], 1 - ej * unit[r], running);
       } else {
-        running = multiply_add(e, scale[r], running);
+        running = multiply_add(ej, scale[r], running);
       }
     }
     store_lanes(sum + i, running, lanes);
   });
   if constexpr (kDiagonal) {
-    // at its star a row gave scale (1 - P), which cancels: put scale epsilon in its place
-    for (int r = 0; r < count; ++r)
-      sum[terms[r].top.star] += terms[r].scale * (terms[r].p.epsilon - (1 - terms[r].p.largest));
+    // at its star a row gave (1 - P), which cancels: put epsilon in its place
+    for (int r = 0; r < count; ++r) {
+      const Term<A>& t = terms[r];
+      sum[t.star] += t.scale * t.star_power * (t.p.epsilon - (1 - t.star_power * t.p.unit));
+    }
   }
 }
 
@@ -76,15 +75,16 @@ void token_sum(const SoftmaxFisher& f, void* partial, int64_t begin, int64_t end
     });
   };
   const int group = static_cast<int>(
-      std::clamp<int64_t>(kGroupBytes / (V * static_cast<int64_t>(sizeof(T))), 1, kGroup));
-  Term<T> terms[kGroup];
+      std::clamp<int64_t>(kGroupBytes / (V * static_cast<int64_t>(sizeof(A))) - 1, 1, kGroup));
+  A* e = scratch<A>(group * V);
+  Term<A> terms[kGroup];
   int filled = 0;
   auto add = [&] {
     switch (filled) {
-      case 1: add_group<T, kDiagonal, 1>(terms, exponential, V, sum); break;
-      case 2: add_group<T, kDiagonal, 2>(terms, exponential, V, sum); break;
-      case 3: add_group<T, kDiagonal, 3>(terms, exponential, V, sum); break;
-      case 4: add_group<T, kDiagonal, 4>(terms, exponential, V, sum); break;
+      case 1: add_group<A, kDiagonal, 1>(terms, V, sum); break;
+      case 2: add_group<A, kDiagonal, 2>(terms, V, sum); break;
+      case 3: add_group<A, kDiagonal, 3>(terms, V, sum); break;
+      case 4: add_group<A, kDiagonal, 4>(terms, V, sum); break;
     }
     filled = 0;
   };
@@ -92,16 +92,13 @@ void token_sum(const SoftmaxFisher& f, void* partial, int64_t begin, int64_t end
   for (int64_t token = begin; token < end; ++token) {
     const A w = weight<A>(f, token);
     if (w == 0) continue;
-    const T* z = row<const T>(f, f.logits, token);
-    const auto top = largest(z, V);
-    const auto sums =
-        exponentials<1>(z, next_row<T>(f, token, end), V, top, exponential,
-                        static_cast<A*>(nullptr), nullptr,
-                        [](int64_t, auto, Vec<A>, Vec<A>, Vec<A>*) {});
-    const auto p = distribution<T>(f, token, top, sums.value[0]);
-    A scale = w * p.largest;
+    A* powers = e + filled * V;
+    const auto sums = exponentials<1>(row<const T>(f, f.logits, token), V, exponential, powers,
+                                      nullptr, NoTerm{});
+    const auto p = distribution<T>(f, token, sums);
+    A scale = w * p.unit;
     if constexpr (kDiagonal) scale /= static_cast<A>(f.temperature * f.temperature);
-    terms[filled++] = {z, top, p, scale};
+    terms[filled++] = {powers, p, scale, std::max<int64_t>(sums.star, 0), sums.star_power};
     ++pending;
     if (filled == group) {
       add();

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("fisherkern", "FRAGMENT")
 DEVICES = ("CPU", "CUDA")
@@ -56,6 +57,15 @@ def _vmap(
         for i in range(info.batch_size)
     )
     return torch.stack([function(*example) for example in examples]), 0
+
+
+def _differentiated(args: Sequence[Any]) -> bool:
+    """Whether anything may ask for a derivative or a batch: if not, the Function is 45 µs saved."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(
+        isinstance(x, Tensor) and x.requires_grad for x in args
+    )
 
 
 def differentiable(
@@ -113,7 +123,7 @@ def differentiable(
     )
 
     def call(*args: Any) -> Tensor:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not _differentiated(args):
             return operator(*args)
         return apply(*args)
 
