@@ -98,6 +98,23 @@ inline void fill_row(T* out, int64_t classes, Acc<T> value) {
   });
 }
 
+// Two logits to a 32-bit lane: either half is a float as it stands, with nothing to widen.
+inline float maximum_of(const bfloat16* z, int64_t begin, int64_t end) {
+  constexpr int L = kLanes<float>;
+  const float lowest = -std::numeric_limits<float>::infinity();
+  Vec<float> low = broadcast(lowest), high = low;
+  int64_t i = begin;
+  for (; i + 2 * L <= end; i += 2 * L) {
+    vuint32 pairs;
+    std::memcpy(&pairs, z + i, sizeof pairs);
+    low = maximum(reinterpret_cast<Vec<float>>(pairs << 16), low);
+    high = maximum(reinterpret_cast<Vec<float>>(pairs & 0xffff0000u), high);
+  }
+  for (; i + L <= end; i += L) low = maximum(load(z + i), low);
+  if (i < end) high = maximum(load_some(z + i, end - i, lowest), high);
+  return horizontal_maximum(maximum(low, high));
+}
+
 template <class A, int N>
 struct RowSums {
   A reference;
@@ -109,17 +126,24 @@ struct RowSums {
   double whole() const { return star_power + value[0]; }
 };
 
+// Nothing to add besides s', nothing to do meanwhile.
+struct Nothing {
+  template <class... Arguments>
+  void operator()(Arguments&&...) const {}
+};
+
 // Logits this far above the reference (times tau) start the row again: exp(3 * 25) fits a float.
 constexpr double kHeadroom = 25;
 
 // Stores the e_j to `e` unless that is null. Accumulator 0 of N is s'; term(i, count, e_j, d, sums)
 // adds to the others, d = z - r. The mass of each block, star included, goes to `block_mass` unless
-// that is null. While it works on a block it asks for the next one, which otherwise leaves memory
-// idle during the arithmetic.
-template <int N, class T, class Term>
+// that is null. meanwhile(i, count) is called once for all classes, before their e is overwritten:
+// memory traffic of another kind hides behind the arithmetic. For the same reason the next block of
+// logits is asked for while one is worked on.
+template <int N, class T, class Term, class Meanwhile = Nothing>
 RowSums<Acc<T>, N> exponentials(const T* z, int64_t classes, const Exponential<Acc<T>>& exponential,
                                 Acc<T>* e, double* block_mass, Term&& term,
-                                bool from_maximum = false) {
+                                Meanwhile&& meanwhile = {}, bool from_maximum = false) {
   using A = Acc<T>;
   const A lowest = -std::numeric_limits<A>::infinity();
   RowSums<A, N> row{};
@@ -131,15 +155,17 @@ RowSums<Acc<T>, N> exponentials(const T* z, int64_t classes, const Exponential<A
   if (!(std::abs(reference) < -lowest)) {  // nothing but -inf and NaN, or +inf
     row.value[0] = std::numeric_limits<double>::quiet_NaN();
     row.max = reference;
+    for_lanes<A>(0, classes, meanwhile);
     if (e) fill_row(e, classes, std::numeric_limits<A>::quiet_NaN());
     return row;
   }
   const A ceiling = reference + static_cast<A>(kHeadroom * exponential.temperature);
 
-  auto part = [&](int64_t begin, int64_t end) {
+  auto part = [&](int64_t begin, int64_t end, auto again) {
     Vec<A> sums[N] = {};
     for_lanes<A>(begin, end, [&](int64_t i, auto count) {
       __builtin_prefetch(z + i + kBlock, 0, 3);
+      if constexpr (!again) meanwhile(i, count);
       const Vec<A> d = load_lanes(z + i, count, lowest) - reference;
       const Vec<A> ej = exponential(d);
       if (e) store_lanes(e + i, ej, count);
@@ -159,31 +185,29 @@ RowSums<Acc<T>, N> exponentials(const T* z, int64_t classes, const Exponential<A
     const A top = maximum_of(z, begin, end);
     double mass = 0;
     if (top > row.max) {
-      if (!(top <= ceiling) && !from_maximum)
-        return exponentials<N>(z, classes, exponential, e, block_mass, term, true);
-      if (row.star >= 0) part(row.star, row.star + 1);  // an ordinary class from now on
+      if (!(top <= ceiling) && !from_maximum) {
+        for_lanes<A>(begin, classes, meanwhile);
+        return exponentials<N>(z, classes, exponential, e, block_mass, term, Nothing{}, true);
+      }
+      // an ordinary class from now on
+      if (row.star >= 0) part(row.star, row.star + 1, std::true_type{});
       row.max = top;
       row.star = begin;
       while (!(to_accumulation(z[row.star]) == top)) ++row.star;
       row.star_power = exponential(broadcast<A>(top - reference))[0];
+      meanwhile(row.star, int64_t{1});
       if (e) e[row.star] = row.star_power;
-      mass = part(begin, row.star);
-      mass += part(row.star + 1, end);
+      mass = part(begin, row.star, std::false_type{});
+      mass += part(row.star + 1, end, std::false_type{});
       mass += row.star_power;
     } else {
-      mass = part(begin, end);
+      mass = part(begin, end, std::false_type{});
     }
     if (block_mass) block_mass[begin / kBlock] = mass;
   }
   if (!(row.max < -lowest)) row.value[0] = std::numeric_limits<double>::quiet_NaN();
   return row;
 }
-
-// Nothing to add besides s'.
-struct NoTerm {
-  template <class... Arguments>
-  void operator()(Arguments&&...) const {}
-};
 
 template <class A>
 struct Distribution {

@@ -38,7 +38,7 @@ void gradient_of(const SoftmaxFisher& f, const int64_t* labels, Rows out, int64_
       continue;
     }
     const T* z = row<const T>(f, f.logits, token);
-    const auto sums = exponentials<1>(z, V, exponential, e, nullptr, NoTerm{});
+    const auto sums = exponentials<1>(z, V, exponential, e, nullptr, Nothing{});
     const auto p = distribution<T>(f, token, sums);
     write_gradient<T>(f, p, e, sums.star, labels[token], w, to);
   }
@@ -89,7 +89,7 @@ void sample_of(const SoftmaxFisher& f, int64_t seed, int64_t* labels, Rows out, 
       continue;
     }
     const T* z = row<const T>(f, f.logits, token);
-    const auto sums = exponentials<1>(z, V, exponential, e, block_mass.data(), NoTerm{});
+    const auto sums = exponentials<1>(z, V, exponential, e, block_mass.data(), Nothing{});
     if (sums.value[0] != sums.value[0]) {
       fill_row(to, V, std::numeric_limits<A>::quiet_NaN());
       continue;

@@ -204,7 +204,7 @@ void diagonal_of(const SoftmaxFisher& f, Rows out, int64_t begin, int64_t end) {
       continue;
     }
     const T* z = row<const T>(f, f.logits, token);
-    const auto sums = exponentials<1>(z, V, exponential, e, nullptr, NoTerm{});
+    const auto sums = exponentials<1>(z, V, exponential, e, nullptr, Nothing{});
     const auto p = distribution<T>(f, token, sums);
     const A scale = w * p.unit / static_cast<A>(f.temperature * f.temperature);
     write_row(f, to, [&](int64_t i, auto count) {
