@@ -29,6 +29,7 @@ void product_row(const SoftmaxFisher& f, int64_t token, const T* z, const T* v, 
   const A centre = to_accumulation(v[0]);
   const auto sums = exponentials<2>(
       z, V, exponential, e, nullptr, [&](int64_t i, auto count, Vec<A> ej, Vec<A>, Vec<A>* s) {
+        __builtin_prefetch(v + i + kBlock, 0, 3);
         if constexpr (kind == Product::root) {
           s[1] = multiply_add(square_root(ej), load_lanes(v + i, count), s[1]);
         } else {
