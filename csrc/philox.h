@@ -2,10 +2,16 @@
 #pragma once
 #include <cstdint>
 
+#if defined(__CUDACC__)
+#define FISHERKERN_HOST_DEVICE __host__ __device__
+#else
+#define FISHERKERN_HOST_DEVICE
+#endif
+
 namespace fisherkern {
 
 // In [0, 1) with 53 random bits; equal to fisherkern.reference.philox_uniform.
-inline double philox_uniform(int64_t seed, int64_t index) {
+FISHERKERN_HOST_DEVICE inline double philox_uniform(int64_t seed, int64_t index) {
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(uint64_t(seed) >> 32);
   uint32_t c0 = static_cast<uint32_t>(index), c1 = static_cast<uint32_t>(uint64_t(index) >> 32);
   uint32_t c2 = 0, c3 = 0;

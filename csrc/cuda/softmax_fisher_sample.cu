@@ -3,7 +3,7 @@
 // y is the least class whose cumulative sum of e exceeds u S, u uniform and S = sum e. Classes are
 // cut into at most kMaxChunks chunks, each summed by one warp; the chunk that holds u S is then
 // summed again class by class. The label is chosen before anything is written: out may be logits.
-#include "philox.cuh"
+#include "../philox.h"
 #include "row_kernel.cuh"
 #include "softmax_fisher.h"
 

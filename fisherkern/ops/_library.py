@@ -63,9 +63,7 @@ def _differentiated(args: Sequence[Any]) -> bool:
     """Whether anything may ask for a derivative or a batch: if not, the Function is 45 µs saved."""
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return True
-    return torch.is_grad_enabled() and any(
-        isinstance(x, Tensor) and x.requires_grad for x in args
-    )
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
 
 
 def differentiable(
