@@ -190,7 +190,7 @@ def extension(target: Path) -> None:
         "-fvisibility=hidden",
         "-fvisibility-inlines-hidden",
     ]
-    common += ["-Wall", "-Wextra", "-Wno-unused-parameter", STABLE_ABI, f"-isystem{torch}/include"]
+    common += ["-Wall", "-Wextra", "-Wno-unused-parameter", f"-isystem{torch}/include"]
     common += [f"-isystem{torch}/include/torch/csrc/api/include"]
     common += [f"-isystem{sysconfig.get_paths()['include']}"]
     common += ["-DFISHERKERN_X86"] if x86 else []
@@ -204,7 +204,9 @@ def extension(target: Path) -> None:
         information.append(f'-DFISHERKERN_CUDA_ARCHITECTURES="{";".join(names)}"')
 
     build = _Ninja()
-    build.compile("ops", [*common, *information], SOURCES / "ops.cpp", "ops.o")
+    build.compile("module", [*common, *information], SOURCES / "module.cpp", "module.o")
+    common.append(STABLE_ABI)
+    build.compile("ops", common, SOURCES / "ops.cpp", "ops.o")
     for source in sorted((SOURCES / "cpu").glob("*.cpp")):
         if source.name in ONCE:
             build.compile(f"cpu_{source.stem}", common, source, f"cpu_{source.stem}.o")
