@@ -67,6 +67,9 @@ def quadratic_kernel(
     v_ptr += row_offset(token, inner, v_outer, v_inner)
     live = token_mask(mask_ptr, token)
     limit = tl.where(live, classes, 0)
+    inverse = natural_rate(scale, scale_low)
+    # before the loop: after it, the compiler of Triton 3.6 spills the two halves of a float64
+    square = (inverse * inverse).to(tl.float32)
     if SINGLE:
         v_i = v_ptr
         v_j = v_ptr
@@ -81,8 +84,7 @@ def quadratic_kernel(
     # the second term is zero where Σ p = 1
     covariance = p_star * comoment
     covariance += mass * (deficit * (mean_i + star_i)) * (deficit * (mean_j + star_j))
-    inverse = natural_rate(scale, scale_low)
-    covariance = tl.where(live, covariance * (inverse * inverse).to(tl.float32), 0.0)
+    covariance = tl.where(live, covariance * square, 0.0)
     out_ptr += token.to(tl.int64) * directions * directions
     tl.store(out_ptr + i * directions + j, covariance)
     if not SINGLE:
