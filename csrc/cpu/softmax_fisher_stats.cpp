@@ -115,10 +115,11 @@ void stats_backward_of(const SoftmaxFisher& f, const void* stats, const void* gr
     if (g[4] != 0) {  // ties share the derivative of the largest probability
       int64_t ties = 0;
       for (int64_t i = 0; i < V; ++i) ties += to_accumulation(z[i]) == max;
-      const A share = static_cast<A>(g[4] * P / (tau * ties));
+      // the whole value again, and rounded once: on a peaked row its two parts nearly cancel
+      const double others = double(constant) + linear + quadratic;
+      const A at_star = static_cast<A>(P / tau * (others + double(g[4]) / ties));
       for (int64_t i = 0; i < V; ++i)
-        if (to_accumulation(z[i]) == max)
-          from_accumulation(to_accumulation(to[i]) + share, to + i);
+        if (to_accumulation(z[i]) == max) from_accumulation(at_star, to + i);
     }
   }
 }

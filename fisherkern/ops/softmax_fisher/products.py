@@ -225,30 +225,51 @@ def _sqrt_rmatvec_vjp(inputs: Sequence[Any], _: Tensor, grad: Tensor, needs: Nee
     return [g_logits, sqrt_matvec(logits, grad, *common) if needs[1] else None, None, None, None]
 
 
-def _linear_jvp(function: str) -> Any:
-    """Tangent of an op that is differentiated forward in its vector alone."""
+def _root_tangent(inputs: Sequence[Any], direction: Tensor, *, transposed: bool) -> Tensor:
+    """Derivative of √w L v (or √w Lᵀ v) in z along `direction`, in plain PyTorch."""
+    logits, v, weights, _, temperature = inputs
+    p = probabilities(logits, weights, temperature)
+    root = p.sqrt()
+    centred = (direction - (p * direction).sum(-1, keepdim=True)) / temperature
+    d_p, d_root = p * centred, root * centred / 2
+    if transposed:
+        mean = (p * v).sum(-1, keepdim=True)
+        rows = d_root * (v - mean) - root * (d_p * v).sum(-1, keepdim=True)
+    else:
+        rows = d_root * v - d_p * (root * v).sum(-1, keepdim=True)
+        rows = rows - p * (d_root * v).sum(-1, keepdim=True)
+    rows = rows / temperature
+    if weights is not None:
+        rows = torch.where((weights == 0)[..., None], 0, rows * weights[..., None])
+    return rows.to(logits.dtype)
 
-    def rule(inputs: Sequence[Any], output: Tensor, tangents: Sequence[Any]) -> Tensor:
-        if tangents[0] is not None:
-            raise NotImplementedError(
-                f"softmax_fisher_{function}: no forward-mode derivative in logits; use reverse mode"
-            )
-        logits, _, *common = inputs
-        if tangents[1] is None:
-            return torch.zeros_like(output)
-        return globals()[function](logits, tangents[1], *common)
 
-    return rule
+def _sqrt_matvec_jvp(inputs: Sequence[Any], output: Tensor, tangents: Sequence[Any]) -> Tensor:
+    logits, _, *common = inputs
+    result = torch.zeros_like(output)
+    if tangents[0] is not None:
+        result = result + _root_tangent(inputs, tangents[0], transposed=False)
+    if tangents[1] is not None:
+        result = result + sqrt_matvec(logits, tangents[1], *common)
+    return result
+
+
+def _sqrt_rmatvec_jvp(inputs: Sequence[Any], output: Tensor, tangents: Sequence[Any]) -> Tensor:
+    logits, _, *common = inputs
+    result = torch.zeros_like(output)
+    if tangents[0] is not None:
+        result = result + _root_tangent(inputs, tangents[0], transposed=True)
+    if tangents[1] is not None:
+        result = result + sqrt_rmatvec(logits, tangents[1], *common)
+    return result
 
 
 matvec = differentiable(_matvec_op, vjp=_matvec_vjp, jvp=_matvec_jvp)
 matvec_backward = differentiable(
     _matvec_backward_op, vjp=_matvec_backward_vjp, jvp=_matvec_backward_jvp
 )
-sqrt_matvec = differentiable(_sqrt_matvec_op, vjp=_sqrt_matvec_vjp, jvp=_linear_jvp("sqrt_matvec"))
-sqrt_rmatvec = differentiable(
-    _sqrt_rmatvec_op, vjp=_sqrt_rmatvec_vjp, jvp=_linear_jvp("sqrt_rmatvec")
-)
+sqrt_matvec = differentiable(_sqrt_matvec_op, vjp=_sqrt_matvec_vjp, jvp=_sqrt_matvec_jvp)
+sqrt_rmatvec = differentiable(_sqrt_rmatvec_op, vjp=_sqrt_rmatvec_vjp, jvp=_sqrt_rmatvec_jvp)
 
 # ---- public -----------------------------------------------------------------------------------
 
@@ -346,7 +367,8 @@ def softmax_fisher_sqrt_matvec(
         out: destination [..., V]; no autograd.
 
     Returns:
-        [..., V] in the dtype of the logits. Differentiable in `v`, and backward in `logits`.
+        [..., V] in the dtype of the logits. Differentiable in `logits` and `v`; in
+        `logits` with temporaries of their size.
 
     Raises:
         TypeError, ValueError: as :func:`softmax_fisher_matvec`.
@@ -387,7 +409,8 @@ def softmax_fisher_sqrt_rmatvec(
         out: destination [..., V]; no autograd.
 
     Returns:
-        [..., V] in the dtype of the logits. Differentiable in `v`, and backward in `logits`.
+        [..., V] in the dtype of the logits. Differentiable in `logits` and `v`; in
+        `logits` with temporaries of their size.
 
     Raises:
         TypeError, ValueError: as :func:`softmax_fisher_matvec`.
