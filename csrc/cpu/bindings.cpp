@@ -106,15 +106,16 @@ void token_sum(Kernel kernel, const Tensor& logits, const Optional& weights,
     kernel(f, to, 0, T);
     return;
   }
-  Tensor partial = torch::stable::new_empty(out, {parts, f.classes});
+  // the first part is summed where the result goes
+  Tensor partial = torch::stable::new_empty(out, {parts - 1, f.classes});
   char* sums = static_cast<char*>(partial.data_ptr());
   torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part)
-      kernel(f, sums + part * bytes, part * T / parts, (part + 1) * T / parts);
+      kernel(f, part ? sums + (part - 1) * bytes : to, part * T / parts, (part + 1) * T / parts);
   });
   const auto add = FISHERKERN_KERNEL(add_partials);
   torch::stable::parallel_for(0, f.classes, 8192, [&](int64_t begin, int64_t end) {
-    add(f, sums, parts, to, begin, end);
+    add(f, sums, parts - 1, to, begin, end);
   });
 }
 

@@ -22,7 +22,7 @@ namespace FISHERKERN_ISA {
 
 // Partial sums are flushed to double this often, which bounds the error of a long row. It is also
 // the unit in which sampling looks for its class.
-constexpr int64_t kBlock = 4096;
+constexpr int64_t kBlock = 2048;
 
 template <class T>
 inline T* row(const SoftmaxFisher& f, Rows rows, int64_t token) {
@@ -38,12 +38,26 @@ inline A weight(const SoftmaxFisher& f, int64_t token) {
 
 inline bool counts(const SoftmaxFisher& f, int64_t token) { return !f.mask || f.mask[token]; }
 
-// Memory of one row for this thread, kept between calls: O(V) per thread.
+// Memory for one row, its lanes on cache lines.
+template <class A>
+class RowBuffer {
+ public:
+  A* of(int64_t classes) {
+    if (static_cast<int64_t>(memory_.size()) < classes + kLanes<A>)
+      memory_.resize(classes + kLanes<A>);
+    const auto start = reinterpret_cast<uintptr_t>(memory_.data());
+    return reinterpret_cast<A*>((start + kVectorBytes - 1) / kVectorBytes * kVectorBytes);
+  }
+
+ private:
+  std::vector<A> memory_;
+};
+
+// A row for this thread, kept between calls: O(V) per thread.
 template <class A>
 inline A* scratch(int64_t classes) {
-  static thread_local std::vector<A> memory;
-  if (static_cast<int64_t>(memory.size()) < classes) memory.resize(classes);
-  return memory.data();
+  static thread_local RowBuffer<A> buffer;
+  return buffer.of(classes);
 }
 
 // NaN compares as less than everything: it reaches the sums instead, as exp(NaN).
@@ -115,6 +129,19 @@ inline float maximum_of(const bfloat16* z, int64_t begin, int64_t end) {
   return horizontal_maximum(maximum(low, high));
 }
 
+// Where `value`, which is there, occurs first.
+template <class T>
+inline int64_t position_of(Acc<T> value, const T* z, int64_t begin, int64_t end) {
+  constexpr int L = kLanes<Acc<T>>;
+  for (int64_t i = begin; i + L <= end; i += L) {
+    const int lane = first_equal(load(z + i), value);
+    if (lane < L) return i + lane;
+  }
+  begin = end - (end - begin) % L;
+  while (!(to_accumulation(z[begin]) == value)) ++begin;
+  return begin;
+}
+
 template <class A, int N>
 struct RowSums {
   A reference;
@@ -161,20 +188,24 @@ RowSums<Acc<T>, N> exponentials(const T* z, int64_t classes, const Exponential<A
   }
   const A ceiling = reference + static_cast<A>(kHeadroom * exponential.temperature);
 
-  auto part = [&](int64_t begin, int64_t end, auto again) {
-    Vec<A> sums[N] = {};
-    for_lanes<A>(begin, end, [&](int64_t i, auto count) {
-      __builtin_prefetch(z + i + kBlock, 0, 3);
-      if constexpr (!again) meanwhile(i, count);
-      const Vec<A> d = load_lanes(z + i, count, lowest) - reference;
-      const Vec<A> ej = exponential(d);
-      if (e) store_lanes(e + i, ej, count);
-      sums[0] += ej;
-      term(i, count, ej, d, sums);
-    });
+  Vec<A> sums[N] = {};
+  auto powers = [&](int64_t i, auto count) {
+    const Vec<A> d = load_lanes(z + i, count, lowest) - reference;
+    const Vec<A> ej = exponential(d);
+    if (e) store_lanes(e + i, ej, count);
+    sums[0] += ej;
+    term(i, count, ej, d, sums);
+  };
+  auto new_powers = [&](int64_t i, auto count) {
+    __builtin_prefetch(z + i + kBlock, 0, 3);
+    meanwhile(i, count);
+    powers(i, count);
+  };
+  auto flush = [&] {
     const double mass = horizontal_sum(sums[0]);
     row.value[0] += mass;
     for (int n = 1; n < N; ++n) row.value[n] += horizontal_sum(sums[n]);
+    for (Vec<A>& sum : sums) sum = Vec<A>{};
     return mass;
   };
 
@@ -189,20 +220,28 @@ RowSums<Acc<T>, N> exponentials(const T* z, int64_t classes, const Exponential<A
         for_lanes<A>(begin, classes, meanwhile);
         return exponentials<N>(z, classes, exponential, e, block_mass, term, Nothing{}, true);
       }
-      // an ordinary class from now on
-      if (row.star >= 0) part(row.star, row.star + 1, std::true_type{});
+      // the star so far is an ordinary class from now on
+      if (row.star >= 0) {
+        powers(row.star, int64_t{1});
+        flush();  // its own block has counted that mass
+      }
       row.max = top;
-      row.star = begin;
-      while (!(to_accumulation(z[row.star]) == top)) ++row.star;
+      row.star = position_of(top, z, begin, end);
       row.star_power = exponential(broadcast<A>(top - reference))[0];
       meanwhile(row.star, int64_t{1});
       if (e) e[row.star] = row.star_power;
-      mass = part(begin, row.star, std::false_type{});
-      mass += part(row.star + 1, end, std::false_type{});
-      mass += row.star_power;
+      mass = row.star_power;
+      // the lanes around the star on their own: those after it keep their alignment
+      const int64_t lanes = begin + (row.star - begin) / kLanes<A> * kLanes<A>;
+      const int64_t after = std::min(lanes + kLanes<A>, end);
+      for_lanes<A>(begin, lanes, new_powers);
+      if (lanes < row.star) new_powers(lanes, row.star - lanes);
+      if (row.star + 1 < after) new_powers(row.star + 1, after - row.star - 1);
+      for_lanes<A>(after, end, new_powers);
     } else {
-      mass = part(begin, end, std::false_type{});
+      for_lanes<A>(begin, end, new_powers);
     }
+    mass += flush();
     if (block_mass) block_mass[begin / kBlock] = mass;
   }
   if (!(row.max < -lowest)) row.value[0] = std::numeric_limits<double>::quiet_NaN();

@@ -212,17 +212,54 @@ inline void finish_streaming() {
 #endif
 }
 
+template <class A>
+inline Vec<A> lane_numbers() {
+  Vec<A> n;
+  for (int i = 0; i < kLanes<A>; ++i) n[i] = static_cast<A>(i);
+  return n;
+}
+
 // The first `count` lanes from memory, the others `fill`.
 template <class T>
 inline Vec<Acc<T>> load_some(const T* from, int64_t count, Acc<T> fill) {
-  Vec<Acc<T>> x = broadcast(fill);
-  for (int64_t i = 0; i < count; ++i) x[i] = to_accumulation(from[i]);
-  return x;
+  using A = Acc<T>;
+  T some[kLanes<A>] = {};
+  std::memcpy(some, from, count * sizeof(T));
+  return lane_numbers<A>() < static_cast<A>(count) ? load(some) : broadcast(fill);
 }
 
 template <class T>
 inline void store_some(T* to, Vec<Acc<T>> x, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) from_accumulation(x[i], to + i);
+  T some[kLanes<Acc<T>>];
+  store(some, x);
+  std::memcpy(to, some, count * sizeof(T));
+}
+
+#if defined(__AVX512F__)
+inline __mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
+
+inline Vec<float> load_some(const float* from, int64_t count, float fill) {
+  return _mm512_mask_loadu_ps(_mm512_set1_ps(fill), first_lanes(count), from);
+}
+inline void store_some(float* to, Vec<float> x, int64_t count) {
+  _mm512_mask_storeu_ps(to, first_lanes(count), x);
+}
+#endif
+
+// The lane of the first element equal to `value`, or as many as there are lanes.
+template <class A>
+inline int first_equal(Vec<A> x, A value) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4)
+    return __builtin_ctz(_mm512_cmpeq_ps_mask(x, broadcast(value)) | 1u << kLanes<A>);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(A) == 4)
+    return __builtin_ctz(
+        static_cast<unsigned>(_mm256_movemask_ps(x == broadcast(value))) | 1u << kLanes<A>);
+#endif
+  int lane = 0;
+  while (lane < kLanes<A> && !(x[lane] == value)) ++lane;
+  return lane;
 }
 
 // ---- arithmetic -------------------------------------------------------------------------------

@@ -23,7 +23,7 @@
   /* the tokens [begin, end) into one row of partial sums [V], all of which is written */          \
   void probabilities_sum(const SoftmaxFisher&, void* partial, int64_t begin, int64_t end);         \
   void diagonal_sum(const SoftmaxFisher&, void* partial, int64_t begin, int64_t end);              \
-  /* out[c] = sum over rows of partial[row, c] for the classes [begin, end), rows in order */      \
+  /* out[c] += sum over rows of partial[row, c] for the classes [begin, end), rows in order */     \
   void add_partials(const SoftmaxFisher&, const void* partial, int64_t rows, void* out,            \
                     int64_t begin, int64_t end);                                                   \
   }

@@ -44,6 +44,9 @@ void gradient_of(const SoftmaxFisher& f, const int64_t* labels, Rows out, int64_
   }
 }
 
+// Classes that sampling passes over together.
+constexpr int64_t kStretch = 64;
+
 // The least class whose cumulative e exceeds u times the whole: first its block, then within.
 template <class A>
 int64_t invert(const A* e, int64_t classes, const std::vector<double>& block_mass, double u) {
@@ -62,13 +65,22 @@ int64_t invert(const A* e, int64_t classes, const std::vector<double>& block_mas
   }
   if (block == blocks) block = last;
   const int64_t end = std::min((block + 1) * kBlock, classes);
-  int64_t label = block * kBlock;
-  // where rounding leaves the target just past this block, its last possible class is the answer
-  for (int64_t i = label; i < end; ++i) {
-    if (e[i] > 0) label = i;
-    before += e[i];
-    if (before > target) break;
+  int64_t i = block * kBlock;
+  // whole stretches first: one class after the other, each addition waits for the one before
+  for (; i + kStretch <= end; i += kStretch) {
+    Vec<A> sum{};
+    for_lanes<A>(i, i + kStretch, [&](int64_t j, auto lanes) { sum += load_lanes(e + j, lanes); });
+    const double mass = horizontal_sum(sum);
+    if (before + mass > target) break;
+    before += mass;
   }
+  for (; i < end; ++i) {
+    before += e[i];
+    if (before > target) return i;
+  }
+  // rounding left the target just past this block: the last class that is possible
+  int64_t label = end - 1;
+  while (label > block * kBlock && !(e[label] > 0)) --label;
   return label;
 }
 
