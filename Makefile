@@ -66,7 +66,7 @@ test-cpu: $(VENV)/dev ## Reference and C++ back ends, bench, demo, packaging
 	@$(PYTEST) -n $(JOBS)
 
 test-triton: $(VENV)/dev ## Triton kernels in the interpreter, on the same op tests
-	@TRITON_INTERPRET=1 FISHERKERN_TEST_BACKENDS=triton $(PYTEST) -n $(JOBS) tests/softmax_fisher
+	@TRITON_INTERPRET=1 FISHERKERN_TEST_BACKENDS=triton $(PYTEST) -n $(JOBS) tests/softmax_fisher tests/covariance
 
 test-cuda: $(VENV)/dev ## CUDA sources emulated on the host, on the same op tests
 	@FISHERKERN_TEST_BACKENDS=emulated $(PYTEST) -n $(JOBS) tests/softmax_fisher

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -96,5 +97,18 @@ def token_mean(truth: Callable[..., Tensor]) -> Callable[[Tensors, Tensors], flo
         total = sum(truth(*(x[part].double() for x in inputs)) for part in chunks(tokens, classes))
         exact = total / tokens
         return float(((output.double() - exact).abs() / exact).max())
+
+    return error
+
+
+def matrix(truth: Callable[..., Tensor]) -> Callable[[Tensors, Tensors], float]:
+    """Error of an op with a matrix as its result: :func:`worst_row` against ``truth(*inputs)``."""
+    # everybody who computes a case is compared with one truth, which may take longer than they do
+    exact = functools.lru_cache(maxsize=1)(truth)
+
+    def error(inputs: Tensors, outputs: Tensors) -> float:
+        right = exact(*inputs)
+        (output,) = outputs
+        return worst_row(checked("output", output, tuple(right.shape)), right)
 
     return error

@@ -21,6 +21,14 @@ class Ceilings:
     gemm_rate: dict[str, float] = field(default_factory=dict)
     """FLOPs per second of a large square matrix product, per dtype."""
 
+    def rate(self, ceiling: str, dtype: str) -> float | None:
+        """Rate of what bounds an op, "copy" or "gemm", if it was measured."""
+        if ceiling == "copy":
+            return self.copy_bandwidth
+        # a CPU without units for half precision multiplies faster in float32
+        names = [dtype] if dtype == "float64" else [dtype, "float32"]
+        return max((self.gemm_rate[n] for n in names if n in self.gemm_rate), default=None)
+
 
 def _median_seconds(call: Callable[[], object], repeats: int, device: str) -> float:
     # waiting for a GPU takes as long as some calls: wait once for several
@@ -58,7 +66,8 @@ def copy_bandwidth(device: str, *, smoke: bool = False, repeats: int = 9) -> flo
 
 def gemm_rate(dtype: torch.dtype, device: str, *, smoke: bool = False, repeats: int = 5) -> float:
     """FLOPs per second of a square matrix product in this dtype."""
-    n = 128 if smoke else (8192 if device == "cuda" else 1024)
+    # in half precision a CPU without units for it would take seconds at twice the size
+    n = 128 if smoke else (8192 if device == "cuda" else 2048 if dtype.itemsize > 2 else 1024)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     seconds = _median_seconds(lambda: torch.mm(a, b, out=out), 2 if smoke else repeats, device)

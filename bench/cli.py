@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -44,7 +45,9 @@ def parser(families: Sequence[str]) -> argparse.ArgumentParser:
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     p.add_argument("--ops", nargs="+", help='names, or "all"; default: the ops with a stated bar')
     p.add_argument("--dtypes", nargs="+", choices=tuple(registry.DTYPES))
-    p.add_argument("--shapes", nargs="+", type=_shape, help="e.g. 256x50257 (T x V)")
+    p.add_argument(
+        "--shapes", nargs="+", type=_shape, help="e.g. 256x50257 (T x V), 4096x1024 (T x d)"
+    )
     p.add_argument("--providers", nargs="+", help='names, e.g. cpp "cpp out=" eager compile')
     p.add_argument("--repeats", type=_positive, default=15, help="rounds (default: 15)")
     p.add_argument("--seed", type=int, default=0, help="of the inputs (default: 0)")
@@ -115,12 +118,13 @@ def run(arguments: argparse.Namespace) -> int:
     outcome = Outcome()
     with ExitStack() as stack:
         options = Options(repeats=2 if smoke else arguments.repeats, seed=arguments.seed)
+        options.budget = todo.family.budget
+        options.patience = math.inf if todo.names else todo.family.patience
         options.rotation = 0 if smoke else None
         if device == "cpu" and not arguments.no_memory:
             # forked from a process of its own, before this one has a large heap
             options.server = stack.enter_context(MemoryServer())
-        dtypes = tuple(dict.fromkeys(case.dtype for case in todo.cases))
-        limits = ceilings.measure(device, dtypes, smoke=smoke)
+        limits = ceilings.measure(device, _ceiling_dtypes(todo.cases), smoke=smoke)
         _print(report.ceilings(limits))
         for case in todo.cases:
             one = runner.run_case(case, todo.chosen(case), options, limits)
@@ -139,6 +143,13 @@ def run(arguments: argparse.Namespace) -> int:
         _write(arguments, outcome, environment, limits, bars)
     wrong = any(r.status.startswith(("wrong", "failed")) for r in outcome.results)
     return int(wrong or (arguments.strict and not all(bar.passed for bar in bars)))
+
+
+def _ceiling_dtypes(cases: Sequence[Case]) -> tuple[torch.dtype, ...]:
+    dtypes = [case.dtype for case in cases]
+    # the other ceiling of a product in half precision
+    dtypes += [torch.float32 for case in cases if case.op.ceiling == "gemm"]
+    return tuple(dict.fromkeys(dtypes))
 
 
 def _sweep(todo: Plan, options: Options, device: str) -> list[results.Result]:

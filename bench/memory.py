@@ -33,8 +33,6 @@ from fisherkern.bench import providers, registry
 from fisherkern.bench.registry import Case, Provider
 from fisherkern.bench.timing import Buffers, Timed
 
-# Large enough to start every thread, small enough to leave no scratch worth mentioning.
-_WARM_UP = 1 << 16
 _TIMEOUT = 300
 
 
@@ -82,7 +80,9 @@ def profiled_peak(call: Callable[[], Any]) -> int:
     return peak
 
 
-def _output_bytes(result: Any, out: torch.Tensor | None) -> int:
+def _output_bytes(case: Case, result: Any, out: torch.Tensor | None) -> int:
+    if case.op.in_place:
+        return 0
     storages = (x.untyped_storage() for x in registry.as_tuple(result))
     sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
     if out is not None:
@@ -110,27 +110,22 @@ def measure_here(case: Case, provider: Provider) -> Memory:
             torch.cuda.reset_peak_memory_stats()
             result = call()
             torch.cuda.synchronize()
-            extra = torch.cuda.max_memory_allocated() - before - _output_bytes(result, out)
+            extra = torch.cuda.max_memory_allocated() - before - _output_bytes(case, result, out)
             return Memory(max(extra, 0), max(extra, 0), "cuda allocator")
-        rows = max(1, min(case.shape[0], 8))
-        small = (rows, *(min(n, _WARM_UP // rows) for n in case.shape[1:]))
         if provider.kind != "compile":  # which runs once while it compiles
+            small = case.family.warm_up(case.shape)
             warm, _ = _prepared(Case(case.family, case.op, small, case.dtype), provider)
             warm()
             del warm
         call, out = _prepared(case, provider)
-        resident = 0
-        method = "torch.profiler"
-        if _reset_resident_peak():
-            before = _resident_peak()
-            result = call()
-            resident = _resident_peak() - before - _output_bytes(result, out)
-            method = "resident peak"
-            del result
+        seen = _reset_resident_peak()
+        before = _resident_peak() if seen else 0
         result = call()
-        size = _output_bytes(result, out)
+        size = _output_bytes(case, result, out)
+        resident = _resident_peak() - before - size if seen else 0
         del result
         counted = max(profiled_peak(call) - size, 0)
+        method = "resident peak" if seen else "torch.profiler"
         return Memory(max(resident, counted), counted, method)
 
 

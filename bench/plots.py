@@ -55,7 +55,7 @@ def bars(file: Path, results: Sequence[Result]) -> bool:
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set_xticks(range(len(labels)), ["\n".join(label) for label in labels], fontsize=8)
         axis.set_ylabel(f"{op}\nfloor / time")
-    axes[0, 0].legend(fontsize=8, ncols=len(names))
+    axes[0, 0].legend(fontsize=8, ncols=len(names) if len(names) <= 5 else 3)
     axes[0, 0].set_title("Fraction of the measured ceiling (1 = the floor)")
     figure.savefig(file, dpi=120)
     _pyplot().close(figure)

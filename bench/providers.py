@@ -1,4 +1,4 @@
-"""Who computes an op: every back end that can, plain PyTorch, torch.compile of it, named peers."""
+"""Who computes an op: back ends, formulas in PyTorch, torch.compile of each, named peers."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def _fused(case: Case, inputs: Tensors, out: Tensor | None) -> Callable[..., Any
     return case.op.fused
 
 
-def _eager(case: Case, inputs: Tensors, out: Tensor | None) -> Callable[..., Any]:
-    return case.op.plain
+def _eager(name: str, case: Case, inputs: Tensors, out: Tensor | None = None) -> Callable[..., Any]:
+    formula = case.op.formula(name)
+    assert formula is not None
+    return formula
 
 
 def compiled(function: Callable[..., Any], inputs: Tensors) -> Callable[..., Any]:
     """torch.compile for static shapes, in default mode; without graph breaks where it can be."""
-    # one code object serves every shape of an op, and dynamo stops after a few versions of it
-    torch._dynamo.reset()
     try:
         call = torch.compile(function, fullgraph=True, dynamic=False)
         call(*inputs)
@@ -37,8 +37,8 @@ def compiled(function: Callable[..., Any], inputs: Tensors) -> Callable[..., Any
     return call
 
 
-def _compile(case: Case, inputs: Tensors, out: Tensor | None) -> Callable[..., Any]:
-    return compiled(case.op.plain, inputs)
+def _compile(name: str, case: Case, inputs: Tensors, out: Tensor | None) -> Callable[..., Any]:
+    return compiled(_eager(name, case, inputs), inputs)
 
 
 def _peer(name: str, case: Case, inputs: Tensors, out: Tensor | None) -> Callable[..., Any]:
@@ -51,6 +51,33 @@ def back_ends(device: str, dtype: torch.dtype) -> list[str]:
     return [name for name in names if not (name == "triton" and device == "cpu")]
 
 
+def _formulas(family: Family) -> list[Provider]:
+    """Every PyTorch formula of a family, then torch.compile of each."""
+    plain = dict.fromkeys(op.plain_name for op in family.ops)
+    names = dict.fromkeys([*plain, *(name for op in family.ops for name in op.formulas)])
+    eager = [
+        Provider(
+            name,
+            "eager" if name in plain else "peer",
+            partial(_eager, name),
+            temporaries=6.0,
+            formula=name,
+        )
+        for name in names
+    ]
+    compiled_too = [
+        Provider(
+            "compile" if name == "eager" else f"{name} compile",
+            "compile",
+            partial(_compile, name),
+            temporaries=2.0,
+            formula=name,
+        )
+        for name in names
+    ]
+    return eager + compiled_too
+
+
 def providers(family: Family, device: str, dtype: torch.dtype) -> list[Provider]:
     """Everybody who may compute an op of this family, ours first."""
     found: list[Provider] = []
@@ -59,7 +86,10 @@ def providers(family: Family, device: str, dtype: torch.dtype) -> list[Provider]
         # the reference computes some of its terms in float64
         temporaries = 10.0 if kind == "reference" else 0.0
         use = partial(fisherkern.backend, name)
-        found.append(Provider(name, kind, _fused, use, temporaries=temporaries))
+        default = kind == "ours" or family.reference
+        found.append(Provider(name, kind, _fused, use, temporaries=temporaries, default=default))
+        if all(op.out is None for op in family.ops):
+            continue
         found.append(
             Provider(
                 f"{name} out=",
@@ -71,8 +101,7 @@ def providers(family: Family, device: str, dtype: torch.dtype) -> list[Provider]
                 default=kind == "ours",
             )
         )
-    found.append(Provider("eager", "eager", _eager, temporaries=6.0))
-    found.append(Provider("compile", "compile", _compile, temporaries=2.0))
+    found += _formulas(family)
     if device == "cuda":
         found += [Provider(name, "peer", partial(_peer, name), temporaries=1.0) for name in PEERS]
     return found

@@ -2,12 +2,14 @@
 
 A family is one module (``softmax_fisher.py``) that calls :func:`register`. An :class:`Op` carries
 all that the runner needs to know: how to make inputs, the fused call, the plain PyTorch twin, the
-error against float64, and the floor (bytes that must move, or FLOPs that must be done).
+error against float64, and the floor (bytes that must move, or FLOPs that must be done). Bars are
+data of the family too; :mod:`fisherkern.bench.verdict` judges them.
 """
 
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -33,7 +35,7 @@ class Op:
     name: str
     inputs: Callable[[Case, torch.Generator], Tensors]
     plain: Callable[..., Any]
-    """The naive PyTorch formula, as its user would write it: providers "eager" and "compile"."""
+    """The naive PyTorch formula, as its user would write it: the yardstick of speed and errors."""
     error: Callable[[Tensors, Tensors], float]
     """Error of outputs against float64; raises ValueError for outputs that are no answer at all."""
     floor_bytes: Callable[[Case], int]
@@ -43,14 +45,59 @@ class Op:
     fused: Callable[..., Any] | None = None
     """The call into this package; takes ``out=`` where `out` is not None."""
     out: Callable[[Tensors], Tensor] | None = None
+    in_place: bool = False
+    """The result replaces the first input; who returns a new tensor for it is charged its bytes."""
+    plain_name: str = "eager"
+    """Whose formula `plain` is."""
+    formulas: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    """What others than `plain_name` write in PyTorch, on any device."""
     peers: Mapping[str, Callable[[], Callable[..., Any]]] = field(default_factory=dict)
     """Named peers on CUDA: a loader that raises ImportError where the package is missing."""
     plain_synchronizes: bool = False
-    """Whether the naive formula waits for the GPU, and so cannot be captured in a CUDA graph."""
+    """Whether naive formulas wait for the GPU, and so cannot be captured in a CUDA graph."""
     ceiling: str = "copy"
     """What bounds it: "copy" (bandwidth) or "gemm" (matrix rate)."""
     target: float | None = None
     """Fraction of the ceiling that the best back end must reach on CUDA."""
+    shapes: Mapping[str, tuple[Shape, ...]] | None = None
+    """Device type → shapes, where those of the family do not suit."""
+
+    def formula(self, name: str) -> Callable[..., Any] | None:
+        """What this name writes in PyTorch; None if it does not."""
+        return self.plain if name == self.plain_name else self.formulas.get(name)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """How many times faster than a peer the fused back end must be, on the CPU."""
+
+    peer: str
+    summary: str
+    """Of the cases: "least" or "geometric mean"."""
+    value: float
+    ops: tuple[str, ...] = ()
+    """Empty: all that were measured."""
+    dtypes: tuple[str, ...] = ()
+    """Empty: all that were measured."""
+
+    @property
+    def name(self) -> str:
+        """``least over cases, vs eager``."""
+        summary = "least over cases" if self.summary == "least" else self.summary
+        return ", ".join([summary, f"vs {self.peer}", *self.dtypes])
+
+    def covers(self, op: str, dtype: str) -> bool:
+        """Whether a case counts."""
+        return op in (self.ops or (op,)) and dtype in (self.dtypes or (dtype,))
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """Extra memory that the fused back end may take, on the CPU."""
+
+    name: str
+    nbytes: Callable[[Shape, int], int]
+    """Shape and number of threads → bytes."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +112,19 @@ class Family:
     shapes: Mapping[str, tuple[Shape, ...]]
     """Device type → shapes."""
     smoke: Shape
+    bars: tuple[Bar, ...]
+    memory: Allowance
+    warm_up: Callable[[Shape], Shape]
+    """Shape of the call before memory is measured: starts every thread, leaves hardly a scratch."""
     sweeps: tuple[Shape, ...] = ()
     """Shapes of the memory plot."""
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    reference: bool = True
+    """Whether the back end "reference" is run without being asked for."""
+    budget: float = math.inf
+    """Seconds of timing per case after which no round begins; three rounds there are always."""
+    patience: float = math.inf
+    """Seconds of a call beyond which a provider that no bar needs is not run unless asked for."""
 
     def op(self, name: str) -> Op:
         """The op of this name; ValueError lists the names."""
@@ -122,6 +179,8 @@ class Provider:
     """Temporaries of a call, as a multiple of the floor in float32; a generous guess."""
     default: bool = True
     """Whether it is run without being asked for."""
+    formula: str = ""
+    """The name of the PyTorch formula that it runs, if it does; see :meth:`Op.formula`."""
 
     def refusal(self, case: Case) -> str:
         """Why it cannot take this case; "" where it can."""
@@ -129,13 +188,15 @@ class Provider:
             return f"{case.op.name} has no out="
         if self.kind in ("ours", "reference") and case.op.fused is None:
             return f"{case.op.name} is a yardstick, not an op of this package"
-        if self.kind == "peer" and self.name not in case.op.peers:
+        if self.formula and case.op.formula(self.formula) is None:
+            return f"{self.formula} has no {case.op.name}"
+        if self.kind == "peer" and not self.formula and self.name not in case.op.peers:
             return f"{self.name} has no {case.op.name}"
         return ""
 
 
 _families: dict[str, Family] = {}
-MODULES = ("softmax_fisher",)
+MODULES = ("softmax_fisher", "covariance")
 
 
 def register(family: Family) -> Family:
@@ -164,9 +225,9 @@ def cases(
     """The cases of a family; what is not given is what a run without arguments measures."""
     ops = family.headline if ops is None else ops
     return [
-        Case(family, family.op(name), shape, DTYPES[dtype], device)
-        for name in ops
-        for shape in (family.shapes[device] if shapes is None else shapes)
+        Case(family, op, shape, DTYPES[dtype], device)
+        for op in map(family.op, ops)
+        for shape in ((op.shapes or family.shapes)[device] if shapes is None else shapes)
         for dtype in (family.dtypes if dtypes is None else dtypes)
     ]
 

@@ -10,10 +10,9 @@ from fisherkern.bench.ceilings import Ceilings
 from fisherkern.bench.results import OK, Ratio, Result
 from fisherkern.bench.verdict import Verdict
 
-HEADER = (
-    f"{'provider':16} {'median':>10} {'p20':>10} {'p80':>10} {'GB/s':>8} {'of copy':>8} "
-    f"{'extra MiB':>10} {'error':>9}  ratios of peers to this, median [p20-p80]"
-)
+_NAME = 16
+# What bounds an op → unit of its rate and name of its ceiling.
+_RATES = {"copy": ("GB/s", "copy"), "gemm": ("GFLOP/s", "GEMM")}
 
 
 def _seconds(value: float | None) -> str:
@@ -25,24 +24,42 @@ def _seconds(value: float | None) -> str:
     raise AssertionError
 
 
-def line(row: Result, ratios: Sequence[Ratio]) -> str:
+def header(ceiling: str, width: int = _NAME) -> str:
+    """Names of the columns, for providers' names of this width."""
+    unit, name = _RATES[ceiling]
+    return (
+        f"{'provider':{width}} {'median':>10} {'p20':>10} {'p80':>10} {unit:>8} "
+        f"{'of ' + name:>8} {'extra MiB':>10} {'error':>9}  "
+        "ratios of peers to this, median [p20-p80]"
+    )
+
+
+def _rate(row: Result) -> str:
+    """In the unit of the header."""
+    if row.median_s is None:
+        return ""
+    work = row.floor_bytes if row.ceiling == "copy" else row.flops
+    return f"{work / row.median_s / 1e9:.1f}"
+
+
+def line(row: Result, ratios: Sequence[Ratio], width: int = _NAME) -> str:
     """A provider of a case; no speed unless its result was right."""
     error = "" if row.max_error is None else f"{row.max_error:.1e}"
     if row.status != OK:
         bound = "" if row.error_limit is None else f", limit {row.error_limit:.1e}"
         known = f" (error {error}{bound})" if error else ""
-        return f"{row.provider:16} {row.status}{known}"
+        return f"{row.provider:{width}} {row.status}{known}"
     fraction = "" if row.ceiling_fraction is None else f"{row.ceiling_fraction:.0%}"
     extra = "" if row.extra_bytes is None else f"{row.extra_bytes / 2**20:.2f}"
-    rate = "" if row.bandwidth is None else f"{row.bandwidth / 1e9:.1f}"
     compared = ", ".join(
         f"{r.peer} {r.median:.2f}x [{r.p20:.2f}-{r.p80:.2f}]"
         for r in ratios
         if r.subject == row.provider
     )
     return (
-        f"{row.provider:16} {_seconds(row.median_s):>10} {_seconds(row.p20_s):>10} "
-        f"{_seconds(row.p80_s):>10} {rate:>8} {fraction:>8} {extra:>10} {error:>9}  {compared}"
+        f"{row.provider:{width}} {_seconds(row.median_s):>10} {_seconds(row.p20_s):>10} "
+        f"{_seconds(row.p80_s):>10} {_rate(row):>8} {fraction:>8} {extra:>10} {error:>9}  "
+        f"{compared}"
     )
 
 
@@ -50,11 +67,19 @@ def case(rows: Sequence[Result], ratios: Sequence[Ratio]) -> str:
     """All providers of a case."""
     if not rows:
         return ""
-    title = f"{rows[0].op} {rows[0].case} {rows[0].dtype} {rows[0].device}"
-    floor = f"floor {rows[0].floor_bytes / 2**20:.1f} MiB"
-    if rows[0].ceiling_rate is not None and rows[0].ceiling == "copy":
-        floor += f", {_seconds(rows[0].floor_bytes / rows[0].ceiling_rate)} at copy bandwidth"
-    return "\n".join([f"\n{title} ({floor})", HEADER, *(line(r, ratios) for r in rows)])
+    first = rows[0]
+    title = f"{first.op} {first.case} {first.dtype} {first.device}"
+    if first.ceiling == "copy":
+        work, ceiling = float(first.floor_bytes), "copy bandwidth"
+        floor = f"floor {work / 2**20:.1f} MiB"
+    else:
+        work, ceiling = first.flops, "GEMM rate"
+        floor = f"floor {work / 1e9:.1f} GFLOP"
+    if first.ceiling_rate is not None:
+        floor += f", {_seconds(work / first.ceiling_rate)} at {ceiling}"
+    width = max(_NAME, *(len(row.provider) for row in rows))
+    lines = [line(row, ratios, width) for row in rows]
+    return "\n".join([f"\n{title} ({floor})", header(first.ceiling, width), *lines])
 
 
 def ceilings(measured: Ceilings) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -22,13 +24,18 @@ _TRUTH_BYTES = 1 << 30
 
 @dataclass
 class Options:
-    """How to run; `rotation`: bytes that rotated buffers span, None for what the caches ask."""
+    """How to run; `rotation`: bytes that rotated buffers span, None for what the caches ask.
+
+    `budget` and `patience`: see :class:`fisherkern.bench.registry.Family`.
+    """
 
     repeats: int = 15
     seed: int = 0
     rotation: int | None = None
     server: MemoryServer | None = None
     """Measures memory on the CPU; None: memory is not measured there."""
+    budget: float = math.inf
+    patience: float = math.inf
 
 
 @dataclass
@@ -46,10 +53,7 @@ class Outcome:
 
 def blank(case: Case, provider: Provider, ceilings: Ceilings | None) -> Result:
     """The row of a case and provider before anything is known."""
-    rate = None
-    if ceilings is not None:
-        gemm = ceilings.gemm_rate.get(case.dtype_name)
-        rate = ceilings.copy_bandwidth if case.op.ceiling == "copy" else gemm
+    rate = None if ceilings is None else ceilings.rate(case.op.ceiling, case.dtype_name)
     return Result(
         family=case.family.name,
         op=case.op.name,
@@ -84,15 +88,37 @@ def _poison(out: Tensor | None) -> None:
         out.fill_(float("nan") if out.is_floating_point() else -1)
 
 
-def _error(timed: Timed, case: Case, buffers: Buffers) -> tuple[float | None, str]:
-    """Error of one call, or None and what is wrong with it."""
+def _working(case: Case, buffers: Buffers) -> Buffers:
+    """Buffers that may be written to: the inputs of a case serve every provider of it."""
+    if not case.op.in_place:
+        return buffers
+    first, *rest = buffers.inputs
+    return Buffers((first.clone(), *rest), buffers.out)
+
+
+@dataclass(frozen=True)
+class _Check:
+    """One call of a provider against float64."""
+
+    error: float | None
+    wrong: str
+    """What is wrong with its result beyond an error; "" if nothing is."""
+    seconds: float
+
+
+def _check(timed: Timed, case: Case, buffers: Buffers) -> _Check:
     _poison(buffers.out)
-    outputs = as_tuple(timed(buffers))
+    working = _working(case, buffers)
+    start = time.perf_counter()
+    outputs = as_tuple(timed(working))
+    seconds = time.perf_counter() - start
     try:
         error = case.op.error(buffers.inputs, outputs)
     except ValueError as reason:
-        return None, results.without_paths(str(reason))
-    return (error, "") if error == error else (None, "the error is NaN")
+        return _Check(None, results.without_paths(str(reason)), seconds)
+    if math.isnan(error):
+        return _Check(None, "the error is NaN", seconds)
+    return _Check(error, "", seconds)
 
 
 def _failure(error: BaseException) -> str:
@@ -113,34 +139,48 @@ def run_case(
     rows = {p.name: blank(case, p, ceilings) for p in found if not p.refusal(case)}
     active = [p for p in found if p.name in rows]
     rotation = timing.rotation_bytes(case.device) if options.rotation is None else options.rotation
-    plain = Provider("eager", "eager", lambda *_: case.op.plain, temporaries=6.0)
+    plain = Provider(case.op.plain_name, "eager", lambda *_: case.op.plain, temporaries=6.0)
+    if any(p.kind == "compile" for p in active):
+        # one code object serves every shape of an op, and dynamo stops after a few versions of it
+        torch._dynamo.reset()
     free = timing.free_memory(case.device)
     fits = {p.name: needed_bytes(case, p, rotation) <= free for p in [*active, plain]}
     try:
-        if not fits["eager"]:
-            raise MemoryError("not even eager, the yardstick of errors, fits into memory")
+        if not fits[plain.name]:
+            raise MemoryError(f"not even {plain.name}, the yardstick of errors, fits into memory")
         inputs = case.make_inputs(options.seed)
         wants_out = case.op.out is not None and any(p.uses_out for p in active)
         buffers = Buffers(inputs, case.op.out(inputs) if wants_out and case.op.out else None)
-        # eager sets the budget of everybody else
+        # eager sets the error budget of everybody else
         with torch.no_grad():
-            eager_error, eager_wrong = _error(Timed(plain, case.op.plain), case, buffers)
+            yardstick = _check(Timed(plain, case.op.plain), case, buffers)
     except (MemoryError, RuntimeError) as error:
         skipped = f"skipped: {_failure(error)}"
         return Outcome([replace(row, status=skipped) for row in rows.values()])
     ready: list[Timed] = []
+    slow: dict[str, float] = {}
     for provider in active:
+        row = rows[provider.name]
         if not fits[provider.name]:
-            row = replace(rows[provider.name], status="skipped: it does not fit into memory")
+            row = replace(row, status="skipped: it does not fit into memory")
+        elif provider.kind == "compile" and slow.get(provider.formula, 0) > options.patience:
+            row = _too_slow(row, provider.formula, slow[provider.formula])
         else:
-            row = _checked(case, provider, buffers, rows[provider.name], eager_error, ready)
-            if eager_wrong and provider.kind != "eager":
-                row = replace(row, status=f"failed: no error budget, eager is wrong: {eager_wrong}")
+            row, timed = _checked(case, provider, buffers, row, yardstick)
+            if yardstick.wrong and provider.kind != "eager":
+                reason = f"{plain.name} is wrong: {yardstick.wrong}"
+                row = replace(row, status=f"failed: no error budget, {reason}")
+            elif timed is not None:
+                slow[provider.name] = timed.seconds
+                if timed.seconds > options.patience and provider.kind not in ("ours", "eager"):
+                    row = _too_slow(row, provider.name, timed.seconds)
+                else:
+                    ready.append(timed)
         rows[provider.name] = row
     try:
         with torch.no_grad():
             sets = timing.rotated(buffers, rotation) if ready else []
-            seconds = timing.interleaved(ready, sets, options.repeats, case.device)
+            seconds = timing.interleaved(ready, sets, options.repeats, case.device, options.budget)
     except (MemoryError, RuntimeError) as error:
         for timed in ready:
             rows[timed.provider.name] = replace(
@@ -159,36 +199,37 @@ def run_case(
     return Outcome(list(rows.values()), _ratios(case, ready, seconds))
 
 
+def _too_slow(row: Result, name: str, seconds: float) -> Result:
+    return replace(row, status=f"skipped: a call of {name} takes {seconds:.0f} s")
+
+
 def _checked(
-    case: Case,
-    provider: Provider,
-    buffers: Buffers,
-    row: Result,
-    eager_error: float | None,
-    ready: list[Timed],
-) -> Result:
+    case: Case, provider: Provider, buffers: Buffers, row: Result, yardstick: _Check
+) -> tuple[Result, Timed | None]:
+    """The row with its error, and the call if its result was right."""
     allowed: float | None = accuracy.EAGER_LIMIT[case.dtype]
     if provider.kind != "eager":
         # an eager that is wrong has no error to be compared with, and then nobody is timed
-        allowed = None if eager_error is None else accuracy.limit(case.dtype, eager_error)
+        known = yardstick.error
+        allowed = None if known is None else accuracy.limit(case.dtype, known)
     try:
         with provider.context(), torch.no_grad():
-            plain = provider.kind in ("eager", "compile")
+            working = _working(case, buffers)
             call = Timed(
                 provider,
-                provider.prepare(case, buffers.inputs, buffers.out),
-                capturable=not (plain and case.op.plain_synchronizes),
+                provider.prepare(case, working.inputs, working.out),
+                capturable=not (provider.formula and case.op.plain_synchronizes),
             )
-            error, wrong = _error(call, case, buffers)
+            check = yardstick if provider.kind == "eager" else _check(call, case, buffers)
     except Exception as exception:
         missing = provider.kind == "peer" and isinstance(exception, ImportError)
         status = "skipped: not installed" if missing else f"failed: {_failure(exception)}"
-        return replace(row, status=status)
-    right = error is not None and allowed is not None and error <= allowed
-    if right:
-        ready.append(call)
-    status = OK if right else "wrong result" + (f": {wrong}" if wrong else "")
-    return replace(row, status=status, max_error=error, error_limit=allowed)
+        return replace(row, status=status), None
+    right = check.error is not None and allowed is not None and check.error <= allowed
+    call.seconds = check.seconds
+    status = OK if right else "wrong result" + (f": {check.wrong}" if check.wrong else "")
+    row = replace(row, status=status, max_error=check.error, error_limit=allowed)
+    return row, call if right else None
 
 
 def _timed(row: Result, seconds: list[float]) -> Result:

@@ -17,7 +17,16 @@ from torch import Tensor
 import fisherkern
 from fisherkern import reference
 from fisherkern.bench import accuracy
-from fisherkern.bench.registry import Case, Family, Op, Tensors, register
+from fisherkern.bench.registry import (
+    Allowance,
+    Bar,
+    Case,
+    Family,
+    Op,
+    Shape,
+    Tensors,
+    register,
+)
 
 # ---- inputs -----------------------------------------------------------------------------------
 
@@ -228,6 +237,19 @@ OPS = (
         peers={"liger": _liger, "quack": _quack}),
 )  # fmt: skip
 
+
+def _allowed_bytes(shape: Shape, threads: int) -> int:
+    # a few numbers per token and class and thread, and 2 MiB that the measurement itself may see
+    # (stacks, pages of code)
+    return (2 << 20) + 16 * max(4, threads) * sum(shape)
+
+
+def _warm_up(shape: Shape) -> Shape:
+    tokens, classes = shape
+    rows = min(tokens, 8)
+    return rows, min(classes, (1 << 16) // rows)
+
+
 FAMILY = register(
     Family(
         name="softmax_fisher",
@@ -240,6 +262,13 @@ FAMILY = register(
             "cuda": ((8192, 50257), (4096, 128256), (4096, 151936), (2048, 262144)),
         },
         smoke=(4, 257),
+        bars=(
+            Bar("eager", "least", 3.0),
+            Bar("compile", "geometric mean", 1.5),
+            Bar("compile", "least", 1.0),
+        ),
+        memory=Allowance("O(T + V) allowance", _allowed_bytes),
+        warm_up=_warm_up,
         sweeps=((16, 50257), (64, 50257), (256, 50257), (64, 8192), (64, 32768), (64, 131072)),
     )
 )

@@ -7,6 +7,7 @@ that together exceed the last-level cache, so that no call finds its inputs ther
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import time
@@ -23,6 +24,10 @@ from fisherkern.bench.registry import Provider, Tensors
 # A CPU sample lasts at least this long: calls shorter than that are repeated within it.
 _MIN_SAMPLE = 2e-3
 _MAX_CALLS = 1000
+# A call that took so long when it was checked is timed one at a time, without finding that out.
+_LONG = 1.0
+# However long a round takes, there are so many.
+_LEAST_ROUNDS = 3
 _MAX_SETS = 64
 
 
@@ -63,6 +68,8 @@ class Timed:
     provider: Provider
     call: Callable[..., Any]
     capturable: bool = True
+    seconds: float = 0.0
+    """Of the call that was checked."""
 
     def __call__(self, buffers: Buffers) -> Any:
         """Call it on one set of buffers."""
@@ -124,7 +131,9 @@ def synchronize(device: str) -> None:
 
 class _CpuSampler:
     def __init__(self, timed: Timed, sets: list[Buffers]) -> None:
-        self.timed, self.sets, self.next = timed, sets, 0
+        self.timed, self.sets, self.next, self.calls = timed, sets, 0, 1
+        if timed.seconds > _LONG:
+            return
         with timed.provider.context():
             timed(sets[0])
             start = time.perf_counter()
@@ -189,13 +198,23 @@ class _CudaSampler:
 
 
 def interleaved(
-    timed: Sequence[Timed], sets: list[Buffers], repeats: int, device: str
+    timed: Sequence[Timed],
+    sets: list[Buffers],
+    repeats: int,
+    device: str,
+    budget: float = math.inf,
 ) -> dict[str, list[float]]:
-    """Seconds per call of every provider, one per round; the i-th of all are of the same round."""
+    """Seconds per call of every provider, one per round; the i-th of all are of the same round.
+
+    No round begins once `budget` seconds have passed, but at least three there are.
+    """
     sampler = _CudaSampler if device == "cuda" else _CpuSampler
     samplers = [sampler(x, sets) for x in timed]
     seconds: dict[str, list[float]] = {x.provider.name: [] for x in timed}
+    start = time.perf_counter()
     for repeat in range(repeats):
+        if repeat >= _LEAST_ROUNDS and time.perf_counter() - start > budget:
+            break
         shift = repeat % max(len(timed), 1)
         for i in (*range(shift, len(timed)), *range(shift)):
             seconds[timed[i].provider.name].append(samplers[i].sample())

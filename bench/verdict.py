@@ -1,21 +1,14 @@
-"""Stated bars, and whether a run passes them."""
+"""Whether a run passes the bars that its family states."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fisherkern.bench.registry import Family
+from fisherkern.bench.registry import Bar, Family
 from fisherkern.bench.results import OK, Ratio, Result
-
-EAGER_EACH = 3.0
-COMPILE_GEOMEAN = 1.5
-COMPILE_LEAST = 1.0
-# Extra memory is O(T + V): a few numbers per token and class and thread, and 2 MiB that the
-# measurement itself may see (stacks, pages of code).
-_BYTES_PER_ENTRY = 16
-_MEMORY_SLACK = 2 << 20
 
 
 @dataclass(frozen=True)
@@ -50,32 +43,31 @@ def describe(ratio: Ratio) -> str:
     )
 
 
-def unmeasured(results: Sequence[Result], subject: str) -> list[Result]:
-    """Cases for which a subject has no speed although it was to be measured."""
-    return [r for r in results if r.provider == subject and r.status != OK]
+def _speed(
+    results: Sequence[Result], ratios: Sequence[Ratio], bar: Bar, subject: str
+) -> Verdict | None:
+    covered = [r for r in results if bar.covers(r.op, r.dtype)]
+    if all(r.provider != bar.peer for r in covered):
+        return None  # it was not asked for
+    mine = [r for r in ratios if (r.subject, r.peer) == (subject, bar.peer)]
+    mine = [r for r in mine if bar.covers(r.op, r.dtype)]
+    if not mine:
+        return Verdict(subject, bar.name, None, bar.value, False, "nothing was compared")
+    # cases for which the subject has no speed although it was to be measured
+    absent = sum(r.provider == subject and r.status != OK for r in covered)
+    medians = [r.median for r in mine]
+    value = min(medians) if bar.summary == "least" else geometric_mean(medians)
+    detail = f"{len(mine)} cases; least: {describe(least(mine))}"
+    detail += f"; no speed for {absent} cases" if absent else ""
+    return Verdict(subject, bar.name, value, bar.value, value >= bar.value and not absent, detail)
 
 
-def speed(results: Sequence[Result], ratios: Sequence[Ratio], subject: str) -> list[Verdict]:
-    """Bars against eager (each case) and torch.compile (geometric mean, and each case)."""
-    absent = unmeasured(results, subject)
-    missing = f"; no speed for {len(absent)} cases" if absent else ""
-    verdicts = []
-    bars = (
-        ("eager", "least over cases, vs eager", min, EAGER_EACH),
-        ("compile", "geometric mean, vs compile", geometric_mean, COMPILE_GEOMEAN),
-        ("compile", "least over cases, vs compile", min, COMPILE_LEAST),
-    )
-    for peer, name, summary, bar in bars:
-        mine = [r for r in ratios if r.subject == subject and r.peer == peer]
-        if all(r.provider != peer for r in results):
-            continue  # it was not asked for
-        if not mine:
-            verdicts.append(Verdict(subject, name, None, bar, False, "nothing was compared"))
-            continue
-        value = summary([r.median for r in mine])
-        detail = f"{len(mine)} cases; least: {describe(least(mine))}{missing}"
-        verdicts.append(Verdict(subject, name, value, bar, value >= bar and not absent, detail))
-    return verdicts
+def speed(
+    results: Sequence[Result], ratios: Sequence[Ratio], family: Family, subject: str
+) -> list[Verdict]:
+    """The bars against peers that took part."""
+    verdicts = (_speed(results, ratios, bar, subject) for bar in family.bars)
+    return [verdict for verdict in verdicts if verdict is not None]
 
 
 def bandwidth(results: Sequence[Result], family: Family, subject: str) -> list[Verdict]:
@@ -99,21 +91,20 @@ def bandwidth(results: Sequence[Result], family: Family, subject: str) -> list[V
     return verdicts
 
 
-def memory(results: Sequence[Result], subject: str) -> list[Verdict]:
-    """Largest extra memory over its O(T + V) allowance, which must be at most 1."""
+def memory(results: Sequence[Result], family: Family, subject: str) -> list[Verdict]:
+    """Largest extra memory over its allowance, which must be at most 1."""
     worst: tuple[float, Result] | None = None
     for row in results:
         if row.provider == subject and row.status == OK and row.extra_bytes is not None:
-            entries = sum(int(part[1:]) for part in row.case.split("_"))
-            allowance = _MEMORY_SLACK + _BYTES_PER_ENTRY * max(4, row.threads) * entries
-            share = row.extra_bytes / allowance
+            shape = tuple(int(number) for number in re.findall(r"\d+", row.case))
+            share = row.extra_bytes / family.memory.nbytes(shape, row.threads)
             worst = max(worst or (share, row), (share, row), key=lambda x: x[0])
     if worst is None:
         return []
     share, row = worst
     extra = (row.extra_bytes or 0) / 2**20
     detail = f"most: {row.op} {row.case} {row.dtype}, {extra:.2f} MiB"
-    name = "largest extra memory over its O(T + V) allowance"
+    name = f"largest extra memory over its {family.memory.name}"
     return [Verdict(subject, name, share, 1.0, share <= 1.0, detail)]
 
 
@@ -132,5 +123,6 @@ def judge(
         if device == "cuda":
             verdicts += bandwidth(results, family, subject)
         else:
-            verdicts += speed(results, ratios, subject) + memory(results, subject)
+            verdicts += speed(results, ratios, family, subject)
+            verdicts += memory(results, family, subject)
     return verdicts

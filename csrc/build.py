@@ -29,7 +29,8 @@ INSTRUCTION_SETS = {
 }
 # GCC 12 warns inside its own AVX-512 headers
 KERNEL_FLAGS = ["-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
-ONCE = {"bindings.cpp", "capability.cpp", "destination.cpp"}
+# sources of cpu/ without vector code, compiled once
+ONCE = ("bindings.cpp", "capability.cpp", "destination.cpp")
 
 
 class BuildError(SystemExit):
@@ -208,7 +209,7 @@ def extension(target: Path) -> None:
     common.append(STABLE_ABI)
     build.compile("ops", common, SOURCES / "ops.cpp", "ops.o")
     for source in sorted((SOURCES / "cpu").glob("*.cpp")):
-        if source.name in ONCE:
+        if source.name.endswith(ONCE):
             build.compile(f"cpu_{source.stem}", common, source, f"cpu_{source.stem}.o")
             continue
         for name, flags in sets.items():

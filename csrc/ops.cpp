@@ -1,5 +1,5 @@
 // Every schema of the compiled back ends. The implementations register themselves per device, in
-// cpu/bindings.cpp and cuda/bindings.cpp.
+// cpu/*_bindings.cpp and cuda/bindings.cpp.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(fisherkern_native, m) {
@@ -25,6 +25,11 @@ STABLE_TORCH_LIBRARY(fisherkern_native, m) {
         ", Tensor(a!) out) -> ()");
   m.def("softmax_fisher_sample(Tensor logits, Tensor seed, " FISHERKERN_VECTOR
         ", Tensor(a!) labels, Tensor(b!) out) -> ()");
+  m.def("covariance_update(Tensor x, Tensor? mask, Tensor? weights, Tensor alpha, float beta, "
+        "bool bias, str precision, Tensor(a!) factor) -> ()");
+  m.def("cross_update(Tensor x, Tensor g, Tensor? mask, Tensor? weights, Tensor alpha, float beta, "
+        "bool bias, str form, str precision, Tensor(a!) factor) -> ()");
+  m.def("mirror(Tensor(a!) factor) -> ()");
 #undef FISHERKERN_VECTOR
 #undef FISHERKERN_SCALAR
 }

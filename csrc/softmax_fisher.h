@@ -6,9 +6,9 @@
 #pragma once
 #include <cstdint>
 
-namespace fisherkern {
+#include "dtype.h"
 
-enum class DType : int32_t { float32, bfloat16, float16, float64 };
+namespace fisherkern {
 
 // A [batches, tokens, V] operand; strides in elements, the class stride is 1.
 struct Rows {

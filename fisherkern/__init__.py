@@ -3,6 +3,15 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from fisherkern.backends import BackendUnavailableError, available, backend
+from fisherkern.ops.covariance import (
+    convolution_covariance_update_,
+    covariance,
+    covariance_update_,
+    cross_covariance,
+    embedding_counts,
+    mirror_,
+    squared_gradient_update_,
+)
 from fisherkern.ops.softmax_fisher import (
     SoftmaxFisherSample,
     SoftmaxFisherStats,
@@ -31,6 +40,12 @@ __all__ = [
     "SoftmaxFisherStats",
     "available",
     "backend",
+    "convolution_covariance_update_",
+    "covariance",
+    "covariance_update_",
+    "cross_covariance",
+    "embedding_counts",
+    "mirror_",
     "softmax_fisher_diagonal",
     "softmax_fisher_gradient",
     "softmax_fisher_gradient_",
@@ -43,4 +58,5 @@ __all__ = [
     "softmax_fisher_sqrt_rmatvec",
     "softmax_fisher_stats",
     "softmax_fisher_trace",
+    "squared_gradient_update_",
 ]

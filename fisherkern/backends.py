@@ -20,6 +20,8 @@ import torch
 
 ORDER = {"cpu": ("cpp", "reference"), "cuda": ("triton", "cuda", "reference")}
 NAMES = ("triton", "cuda", "cpp", "reference")
+# families of ops that a back end has no kernels for
+_LACKS = {"cuda": ("covariance",)}
 
 _requested: str | None = None
 
@@ -89,10 +91,15 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def reason_against(name: str, device: str, dtype: torch.dtype) -> str:
-    """Why this back end cannot serve tensors of this device type and dtype; "" where it can."""
+def reason_against(name: str, device: str, dtype: torch.dtype, family: str = "") -> str:
+    """Why this back end cannot serve tensors of this device type and dtype; "" where it can.
+
+    With a `family` of ops ("softmax_fisher", "covariance") for the ops of that.
+    """
     if name == "reference":
         return ""
+    if family in _LACKS.get(name, ()):
+        return f"{name} has no {family} kernels"
     if name == "cpp":
         if device != "cpu":
             return f"cpp serves CPU tensors, not {device}"
@@ -111,16 +118,16 @@ def reason_against(name: str, device: str, dtype: torch.dtype) -> str:
     return reason
 
 
-def select(device: str, dtype: torch.dtype) -> str:
-    """The name of the back end for tensors of this device type and dtype."""
+def select(device: str, dtype: torch.dtype, family: str = "") -> str:
+    """The name of the back end for a family of ops on tensors of this device type and dtype."""
     name = requested()
     if name is not None:
-        reason = reason_against(name, device, dtype)
+        reason = reason_against(name, device, dtype, family)
         if reason:
             raise BackendUnavailableError(f"back end {name!r} was requested but {reason}")
         return name
     for candidate in ORDER.get(device, ("reference",)):
-        if not reason_against(candidate, device, dtype):
+        if not reason_against(candidate, device, dtype, family):
             return candidate
     return "reference"
 

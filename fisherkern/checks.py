@@ -56,10 +56,10 @@ def same_device_and_dtype(name: str, value: Tensor, z: Tensor) -> None:
         raise TypeError(f"{name} has dtype {value.dtype}; expected that of logits, {z.dtype}")
 
 
-def device(name: str, value: Tensor, z: Tensor) -> None:
-    """Same device as the logits."""
+def device(name: str, value: Tensor, z: Tensor, of: str = "logits") -> None:
+    """Same device as the operand named `of`."""
     if value.device != z.device:
-        raise ValueError(f"{name} is on {value.device}; expected the device of logits, {z.device}")
+        raise ValueError(f"{name} is on {value.device}; expected the device of {of}, {z.device}")
 
 
 def rows(name: str, value: object, z: Tensor) -> Tensor:
@@ -100,28 +100,38 @@ def temperature(value: object) -> float:
     return float(value)
 
 
-def reduction(value: object, allowed: Sequence[str]) -> str:
-    """One of the reductions the op knows."""
+def choice(name: str, value: object, allowed: Sequence[str]) -> str:
+    """One of the names that are allowed."""
     if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"reduction is {value!r}; allowed are {', '.join(map(repr, allowed))}")
+        raise ValueError(f"{name} is {value!r}; allowed are {', '.join(map(repr, allowed))}")
     return value
 
 
-def _per_token(name: str, value: Tensor, z: Tensor) -> None:
-    device(name, value, z)
-    if value.shape != z.shape[:-1]:
+def reduction(value: object, allowed: Sequence[str]) -> str:
+    """One of the reductions the op knows."""
+    return choice("reduction", value, allowed)
+
+
+def _per_token(
+    name: str, value: Tensor, z: Tensor, of: str = "logits", lead: int | None = None
+) -> None:
+    device(name, value, z, of)
+    shape = z.shape[:-1] if lead is None else z.shape[:lead]
+    if value.shape != shape:
         raise ValueError(
-            f"{name} has shape {_shape(value)}; expected {_shape(z[..., 0])}, the leading shape of "
-            f"logits {_shape(z)}"
-            if z.shape[-1]
-            else f"{name} has shape {_shape(value)}; expected {list(z.shape[:-1])}"
+            f"{name} has shape {_shape(value)}; expected {list(shape)}, the leading shape of "
+            f"{of} {_shape(z)}"
         )
 
 
 def mask_or_weights(
-    mask: object, weights: object, z: Tensor
+    mask: object, weights: object, z: Tensor, of: str = "logits", lead: int | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """A bool mask or float weights over the tokens, not both; the weights not differentiable."""
+    """A bool mask or float weights over the tokens, not both; the weights not differentiable.
+
+    The tokens are the first `lead` dimensions of z, the operand named `of`; all but the last where
+    `lead` is None.
+    """
     if mask is not None and weights is not None:
         raise ValueError(
             "mask and weights were both given; pass one (a mask is weights of 0 and 1)"
@@ -131,7 +141,7 @@ def mask_or_weights(
         m = tensor("mask", mask)
         if m.dtype != torch.bool:
             raise TypeError(f"mask has dtype {m.dtype}; allowed is bool (True = token counts)")
-        _per_token("mask", m, z)
+        _per_token("mask", m, z, of, lead)
     if weights is not None:
         w = tensor("weights", weights)
         if w.dtype not in FLOATING:
@@ -140,7 +150,7 @@ def mask_or_weights(
             raise ValueError(
                 "weights requires grad; ops do not differentiate it: pass a detached one"
             )
-        _per_token("weights", w, z)
+        _per_token("weights", w, z, of, lead)
     return m, w
 
 
@@ -217,3 +227,61 @@ def overwritable(value: object) -> Tensor:
             f"logits has strides {z.stride()}: its elements share memory; clone it first"
         )
     return z
+
+
+def activations(name: str, value: object, dims: int = 2) -> Tensor:
+    """Floating-point tensor of at least `dims` dimensions, the last not empty."""
+    x = tensor(name, value)
+    if x.dtype not in FLOATING:
+        raise TypeError(f"{name} has dtype {x.dtype}; allowed are {_names(FLOATING)}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} has layout {x.layout}; only dense (torch.strided) is supported")
+    if x.ndim < dims:
+        expected = "[..., d]" if dims == 1 else f"at least {dims} dimensions, [..., d]"
+        raise ValueError(f"{name} has shape {_shape(x)}; expected {expected}")
+    if x.shape[-1] == 0:
+        raise ValueError(f"{name} has shape {_shape(x)}; its last dimension must not be empty")
+    return x
+
+
+def paired(name: str, value: object, x: Tensor, of: str = "x") -> Tensor:
+    """Activations of the leading shape, dtype and device of x."""
+    g = activations(name, value, x.ndim)
+    device(name, g, x, of)
+    if g.dtype != x.dtype:
+        raise TypeError(f"{name} has dtype {g.dtype}; expected that of {of}, {x.dtype}")
+    if g.shape[:-1] != x.shape[:-1]:
+        raise ValueError(
+            f"{name} has shape {_shape(g)}; expected the leading shape of {of} {_shape(x)}"
+        )
+    return g
+
+
+def factor(value: object, shape: Sequence[int], x: Tensor, name: str = "factor") -> Tensor:
+    """A float32 or float64 matrix that an op updates in place, no narrower than x."""
+    a = tensor(name, value)
+    allowed = (torch.float64,) if x.dtype == torch.float64 else (torch.float32, torch.float64)
+    if a.dtype not in allowed:
+        raise TypeError(
+            f"{name} has dtype {a.dtype}; allowed for {x.dtype} inputs are {_names(allowed)}"
+        )
+    if list(a.shape) != list(shape):
+        raise ValueError(
+            f"{name} has shape {_shape(a)}; expected {list(shape)} for inputs {_shape(x)}"
+        )
+    device(name, a, x, "x")
+    if a.requires_grad:
+        raise ValueError(f"{name} requires grad; an in-place update cannot write over it")
+    if any(size > 1 and step == 0 for size, step in zip(a.shape, a.stride(), strict=True)):
+        raise ValueError(f"{name} has strides {a.stride()}: its elements share memory")
+    return a
+
+
+def number(name: str, value: object, least: float, most: float) -> float:
+    """A finite Python number in [least, most]."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name} has type {type(value).__name__}; expected a number")
+    if not (math.isfinite(value) and least <= value <= most):
+        bounds = f"in [{least}, {most}]" if math.isfinite(least) else "that are finite"
+        raise ValueError(f"{name} is {value}; allowed are numbers {bounds}")
+    return float(value)

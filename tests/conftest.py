@@ -28,6 +28,10 @@ from fisherkern import backends
 DEVICE = os.environ.get("FISHERKERN_TEST_DEVICE", "cpu")
 _ASKED = os.environ.get("FISHERKERN_TEST_BACKENDS", "")
 BACKENDS = _ASKED.split(",") if _ASKED else fisherkern.available(DEVICE)
+# worker processes that each start a thread per core wait for each other
+torch.set_num_threads(
+    max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+)
 # where a case costs milliseconds per program, the grids of sizes are thinned
 SLOW = bool({"triton", "emulated"} & set(BACKENDS)) and DEVICE == "cpu"
 
@@ -73,7 +77,7 @@ def serving(name: str) -> Iterator[None]:
     if emulated is None:
         pytest.skip(f"the CUDA sources cannot be emulated here: {reason}")
     patch = pytest.MonkeyPatch()
-    patch.setattr(backends, "select", lambda device, dtype: "emulated")
+    patch.setattr(backends, "select", lambda *_: "emulated")
     patch.setattr(backends, "load", lambda name: emulated)
     try:
         yield

@@ -1,6 +1,7 @@
 """Every Triton kernel compiles for sm_80 and sm_90 in every configuration, without spills.
 
-It also loads aligned rows 16 bytes at a time.
+It also loads aligned rows 16 bytes at a time, and products of matrices are those of the tensor
+cores, fed through shared memory.
 """
 
 from __future__ import annotations
@@ -40,6 +41,28 @@ def test_kernel_fits_its_architecture(group: str) -> None:
         assert report.shared <= triton_compile.SHARED_LIMIT[case.target], table
         rows = "z_ptr" in case.kernel.arg_names
         assert report.wide or not (rows and case.operands.aligned), table
+        if "ARITHMETIC" in case.constants:
+            _check_matrix_product(case, report, table)
+
+
+def _check_matrix_product(
+    case: triton_compile.Case, report: triton_compile.Report, table: str
+) -> None:
+    """The instructions are those that the configuration was chosen for."""
+    arithmetic = case.constants["ARITHMETIC"]
+    kinds = {"bf16": "bf16", "fp16": "f16"}
+    if arithmetic == "ieee":
+        assert not report.matrix, table
+    elif arithmetic == "half":
+        instruction = "wgmma" if case.target == "sm_90" else "mma"
+        assert report.matrix == (f"{instruction}.{kinds[case.operands.dtype]}",), table
+        if case.operands.aligned:
+            # a masked row is a predicated copy; both operands wait in shared memory
+            buffers = 2 * (case.stages - 1) * case.constants["BLOCK"] * case.constants["TOKENS"]
+            assert report.asynchronous, table
+            assert report.shared >= 2 * buffers, table
+    else:
+        assert report.matrix in (("wgmma.tf32",), ("mma.tf32",)), table
 
 
 @pytest.mark.parametrize("module", triton_compile.kernel_modules(), ids=lambda m: m.__name__)

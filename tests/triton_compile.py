@@ -1,9 +1,10 @@
 """Compile Triton kernels for GPUs that are not here, and list what there is to compile.
 
-Each kernel module has a tuple ``AOT`` of (kernel, family in `_config.LAUNCHES` or None, constexpr
-variants) beside its kernels, where a constant may be a function of the rule. Types follow from the
-names of arguments, so a new argument without a type fails loudly. Needs a process without
-TRITON_INTERPRET.
+Each kernel module has a tuple ``AOT`` of (kernel, family, constexpr variants) beside its kernels.
+The family is one of `_config.LAUNCHES`, where a constant may be a function of the rule; one of
+`_covariance_config.LAUNCHES`, whose kernels compute tiles of a matrix; or None, where a variant
+holds every constant and may hold the number of warps. Types follow from the names of arguments, so
+a new argument without a type fails loudly. Needs a process without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import contextlib
 import importlib
 import inspect
 import io
+import itertools
 import pkgutil
 import re
 from collections.abc import Iterator
@@ -24,18 +26,26 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import fisherkern.kernels
-from fisherkern.kernels import _config
+from fisherkern.kernels import _config, _covariance_config
 
 TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32)}
 # Largest shared memory of a block, in bytes.
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
 
 # Pointers to rows take the type of the logits; the rest is fixed by the calling convention.
-_ROWS = {"z_ptr", "v_ptr", "g_ptr", "out_ptr"}
-_FLOATS = {"partial_ptr", "state_ptr", "stats_ptr", "grad_ptr", "weights_ptr", "lse_ptr"}
+_ROWS = {"z_ptr", "v_ptr", "g_ptr", "out_ptr", "x_ptr"}
+_FLOATS = {
+    "partial_ptr",
+    "state_ptr",
+    "stats_ptr",
+    "grad_ptr",
+    "weights_ptr",
+    "lse_ptr",
+    "alpha_ptr",
+}
 _TYPES = {"mask_ptr": "*i1", "labels_ptr": "*i64", "seed_ptr": "*i64"}
 _TYPES |= dict.fromkeys(_FLOATS, "*fp32")
-_TYPES |= dict.fromkeys(("scale", "scale_low"), "fp32")
+_TYPES |= dict.fromkeys(("scale", "scale_low", "beta", "beta_low"), "fp32")
 _SIZES = {
     "inner",
     "classes",
@@ -45,8 +55,23 @@ _SIZES = {
     "classes_per_split",
     "directions",
     "pairs",
+    "width",
+    "height",
+    "size",
+    "rows",
+    "columns",
+    "blocks",
+    "groups",
+    "group_tokens",
+    "groups_per_split",
+    "samples",
+    "sample_tokens",
+    "samples_per_split",
+    "g_token_inner",
 }
-_STRIDE = re.compile(r"(z|v|g|out)_(outer|inner|direction)")
+_STRIDE = re.compile(r"(z|v|g|x|out|factor)_(outer|inner|direction|head|row|column)")
+# Sizes that a launch finds divisible by 16 where the rows are aligned.
+_ROW_LENGTHS = {"classes", "width", "height"}
 # Kernels whose `out` is not a row of the dtype of the logits.
 _FLOAT_OUTPUT = {
     "quadratic_kernel",
@@ -64,6 +89,14 @@ class Operands(NamedTuple):
     absent: tuple[str, ...]
     unit: bool = False
     """Every size and stride is 1, which a launch turns into a constant."""
+    factor: str = "fp32"
+    flat: bool = False
+    """Tokens lie at one distance from each other: their inner size is 1."""
+
+    def __str__(self) -> str:
+        absent = "".join(f"-no-{name.removesuffix('_ptr')}" for name in self.absent)
+        names = [name for name in ("aligned", "unit", "flat") if getattr(self, name)]
+        return f"{'-'.join((self.dtype, *names))}{absent}-factor-{self.factor}"
 
 
 # Aligned rows load 16 bytes at once and take the most registers; 50257 classes are not aligned.
@@ -74,6 +107,45 @@ OPERANDS = (
 )
 UNIT = Operands("fp32", False, ("lse_ptr",), unit=True)
 
+# Factors: with few tiles the sums go to partials; float64 takes the most registers.
+_PLAIN = ("mask_ptr", "weights_ptr", "partial_ptr")
+_MASKED = ("weights_ptr",)
+_WEIGHTED = ("mask_ptr", "partial_ptr")
+# Sums of columns and of splits: no tiles, and one configuration.
+_SUM_OPERANDS = (
+    Operands("bf16", True, ("mask_ptr",), flat=True),
+    Operands("fp32", True, ("weights_ptr",), factor="fp64"),
+    Operands("fp16", False, ("mask_ptr", "weights_ptr")),
+)
+
+
+def _tile_operands(family: str, key: str) -> Iterator[Operands]:
+    """What the host launches with this entry: see `_covariance_config.arithmetic_of`."""
+    aligned = not key.endswith("unaligned")
+    if key.startswith("half"):
+        yield Operands("bf16", aligned, _PLAIN, flat=True)
+        yield Operands("bf16", aligned, _MASKED)
+        for dtype in ("bf16", "fp16") if aligned else ("bf16",):
+            yield Operands(dtype, aligned, (*_MASKED, "partial_ptr"), factor="fp64")
+    elif key == "split":
+        for dtype in ("bf16", "fp16"):
+            yield Operands(dtype, True, _WEIGHTED, factor="fp64")
+        yield Operands("bf16", False, _WEIGHTED)
+    elif not aligned:
+        yield Operands("fp32", False, _MASKED)
+        yield Operands("fp32", False, _WEIGHTED, factor="fp64")
+    else:
+        halves = ("bf16", "fp16") if (family, key) == ("squares", "tf32x3") else ()
+        for dtype in ("fp32", *halves[:1]):
+            yield Operands(dtype, True, _PLAIN, flat=True)
+            yield Operands(dtype, True, _MASKED)
+        for dtype in ("fp32", *halves):
+            yield Operands(dtype, True, _WEIGHTED, factor="fp64")
+        if f"{key} unaligned" not in _covariance_config.LAUNCHES["sm_90"][family]:
+            yield Operands(halves[0] if halves else "fp32", False, _WEIGHTED)
+    if key == "ieee":
+        yield Operands("fp32", False, _PLAIN, unit=True)
+
 
 class Case(NamedTuple):
     """One compilation."""
@@ -83,12 +155,13 @@ class Case(NamedTuple):
     operands: Operands
     constants: dict[str, Any]
     warps: int
+    stages: int | None = None
 
     def __str__(self) -> str:
         constants = "-".join(f"{name}{value}" for name, value in self.constants.items())
-        dtype = self.operands.dtype
-        unit = "-unit" if self.operands.unit else ""
-        return f"{self.kernel.__name__}-{self.target}-{dtype}{unit}-{constants}-{self.warps}warps"
+        name = f"{self.kernel.__name__}-{self.target}-{self.operands}"
+        stages = f"-{self.stages}stages" if self.stages else ""
+        return f"{name}-{constants}-{self.warps}warps{stages}"
 
 
 class Report(NamedTuple):
@@ -100,6 +173,10 @@ class Report(NamedTuple):
     shared: int
     wide: bool
     """Whether it loads 16 bytes at once."""
+    asynchronous: bool
+    """Whether it copies 16 bytes at once to shared memory, past the registers."""
+    matrix: tuple[str, ...]
+    """Tensor core instructions: wgmma or mma, and the type of the operands."""
 
 
 def kernel_modules() -> list[ModuleType]:
@@ -120,8 +197,14 @@ def cases() -> Iterator[Case]:
     """Every kernel in every configuration, for both architectures and all three dtypes."""
     for module in kernel_modules():
         for kernel, family, variants in getattr(module, "AOT", ()):
-            # without logits there is no dtype to vary
-            operands = OPERANDS if "z_ptr" in kernel.arg_names else OPERANDS[:1]
+            if family in _covariance_config.LAUNCHES["sm_90"]:
+                yield from _tile_cases(kernel, family, variants)
+                continue
+            if "alpha_ptr" in kernel.arg_names or "x_ptr" in kernel.arg_names:
+                operands = _SUM_OPERANDS
+            else:
+                # without logits there is no dtype to vary
+                operands = OPERANDS if "z_ptr" in kernel.arg_names else OPERANDS[:1]
             for target in TARGETS:
                 launches = list(_launches(target, family, variants))
                 for constants, warps in launches:
@@ -135,17 +218,30 @@ def _launches(
 ) -> Iterator[tuple[dict, int]]:
     for variant in variants:
         if family is None:
-            yield variant, 1
+            constants = {x: y for x, y in variant.items() if x != "num_warps"}
+            yield constants, variant.get("num_warps", 1)
             continue
         for rule in _config.LAUNCHES[target][family]:
             constants = {x: y(rule) if callable(y) else y for x, y in variant.items()}
             yield {**constants, "BLOCK": rule.launch.block}, rule.launch.warps
 
 
-def _type(kernel: Any, name: str, dtype: str) -> str:
+def _tile_cases(kernel: Any, family: str, variants: tuple[dict, ...]) -> Iterator[Case]:
+    """Every launch of a tile kernel that the host can make."""
+    for target, variant in itertools.product(TARGETS, variants):
+        for key, rules in _covariance_config.LAUNCHES[target][family].items():
+            for operands, rule in itertools.product(_tile_operands(family, key), rules):
+                block, tokens, warps, stages = rule.launch
+                constants = {"ARITHMETIC": key.split()[0], "TOKENS": tokens, "BLOCK": block}
+                yield Case(kernel, target, operands, {**constants, **variant}, warps, stages)
+
+
+def _type(kernel: Any, name: str, operands: Operands) -> str:
     if name in _ROWS:
         floats = name == "out_ptr" and kernel.__name__ in _FLOAT_OUTPUT
-        return "*fp32" if floats else f"*{dtype}"
+        return "*fp32" if floats else f"*{operands.dtype}"
+    if name == "factor_ptr":
+        return f"*{operands.factor}"
     if _is_size(name):
         return "i32"
     return _TYPES[name]
@@ -161,7 +257,7 @@ def _is_aligned(name: str, kind: str, rows_aligned: bool) -> bool:
         return True
     if name == "classes_per_split":  # whole tiles
         return True
-    return rows_aligned and bool(name == "classes" or _STRIDE.fullmatch(name))
+    return rows_aligned and bool(name in _ROW_LENGTHS or _STRIDE.fullmatch(name))
 
 
 def source(case: Case) -> ASTSource:
@@ -173,8 +269,10 @@ def source(case: Case) -> ASTSource:
         constants |= {name: None for name in case.operands.absent if name in names}
     if case.operands.unit:
         constants |= {name: 1 for name in names if _is_size(name)}
+    if case.operands.flat:
+        constants |= {name: 1 for name in ("inner", "g_token_inner") if name in names}
     types = {
-        name: "constexpr" if name in constants else _type(case.kernel, name, case.operands.dtype)
+        name: "constexpr" if name in constants else _type(case.kernel, name, case.operands)
         for name in names
     }
     aligned = (
@@ -197,22 +295,27 @@ def compiled(case: Case) -> Report:
         triton.knobs.nvidia.dump_ptxas_log = True
         triton.knobs.compilation.always_compile = True
         log = io.StringIO()
+        options = {"num_warps": case.warps, "enable_fp_fusion": True}
+        if case.stages:
+            options["num_stages"] = case.stages
         with contextlib.redirect_stdout(log):
-            kernel = triton.compile(
-                source(case),
-                target=TARGETS[case.target],
-                options={"num_warps": case.warps, "enable_fp_fusion": True},
-            )
+            kernel = triton.compile(source(case), target=TARGETS[case.target], options=options)
 
     def figure(pattern: str) -> int:
         found = re.search(pattern, log.getvalue())
         assert found, f"no {pattern!r} in the log of {case}:\n{log.getvalue()}"
         return int(found[1])
 
+    ptx = kernel.asm["ptx"]
+    matrix = re.findall(
+        r"(wgmma|mma)\.(?:mma_async|sync)\S*?m\d+n\d+k\d+\S*?\.(tf32|bf16|f16)\.", ptx
+    )
     return Report(
         registers=figure(r"Used (\d+) registers"),
         spills=figure(r"(\d+) bytes spill stores") + figure(r"(\d+) bytes spill loads"),
         stack=figure(r"(\d+) bytes stack frame"),
         shared=kernel.metadata.shared,
-        wide=bool(re.search(r"ld\.global\S*\.v4\.b32", kernel.asm["ptx"])),
+        wide=bool(re.search(r"ld\.global\S*\.v4\.b32", ptx)),
+        asynchronous=bool(re.search(r"cp\.async\.c[ga]\S* \[[^]]*\], \[[^]]*\], 0x10", ptx)),
+        matrix=tuple(sorted({".".join(found) for found in matrix})),
     )

@@ -13,3 +13,13 @@ std::string name_of(Capability);
 std::vector<std::string> compiled_capabilities();
 
 }  // namespace fisherkern
+
+// The kernel of this name for the instruction set in use.
+#if defined(FISHERKERN_X86)
+#define FISHERKERN_KERNEL(name)                                   \
+  (capability() == Capability::avx512 ? &avx512::name             \
+   : capability() == Capability::avx2 ? &avx2::name               \
+                                      : &baseline::name)
+#else
+#define FISHERKERN_KERNEL(name) (&baseline::name)
+#endif

@@ -57,7 +57,7 @@ typedef uint16_t vuint16 __attribute__((vector_size(kVectorBytes / 2)));
 
 template <class A>
 inline Vec<A> broadcast(A value) {
-  return Vec<A>{} + value;
+  return value - Vec<A>{};  // folds to the value itself, unlike 0 + value
 }
 
 // ---- conversions ------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import torch
 
 import fisherkern
 from fisherkern.backends import select
-from fisherkern.demo import comparisons, findings, model, plot, report, text
+from fisherkern.demo import comparisons, factors, findings, model, plot, report, text
 from fisherkern.demo.errors import DemoError
 
 _ALWAYS = ("transformers", "safetensors", "matplotlib", "tqdm")
@@ -87,6 +87,7 @@ def run(arguments: argparse.Namespace) -> None:
     with _timed("running it on the text"):
         logits = language_model.logits(windows.tokens)
     _compare(logits)
+    _accumulate(language_model, windows.tokens)
     _tell(findings.find(windows, logits), language_model, title, folder, arguments.top)
     print(f"\ndone in {time.perf_counter() - began:.0f} s")
 
@@ -125,6 +126,21 @@ def _compare(logits: torch.Tensor) -> None:
     rows = [comparisons.compare(comparison, z, v) for comparison in progress]
     print(report.table(rows))
     print("\n" + report.table_notes(*z.shape))
+
+
+def _accumulate(language_model: model.LanguageModel, tokens: torch.Tensor) -> None:
+    """Print the table of the covariance factors of the linear layers, and what they look like."""
+    from tqdm import tqdm
+
+    total = len(factors.linear_layers(language_model.model))
+    with tqdm(total=total, desc="covariance factors", leave=False) as bar:
+        measured = factors.measure(language_model.model, tokens, bar.update)
+    if measured.layers == 0:
+        return
+    print("\nCovariance factors of every linear layer, ours beside plain PyTorch\n")
+    print(report.table(measured.rows, "inputs"))
+    print("\n" + report.factor_notes(measured))
+    print("\n" + report.spectra(measured.spectra))
 
 
 def _tell(

@@ -25,20 +25,29 @@ _STATUS = Path("/proc/self/status")
 _RESET = Path("/proc/self/clear_refs")
 
 
-def median_seconds(calls: Sequence[Call], repeats: int = 5, budget: float = 2.5) -> list[float]:
-    """Median seconds of each call: a warm-up, then at least 3 alternating repeats.
+def median_seconds(
+    calls: Sequence[Call],
+    repeats: int = 5,
+    budget: float = 2.5,
+    *,
+    least: int = 3,
+    warm_up: bool = True,
+) -> list[float]:
+    """Median seconds of each call: a warm-up, then alternating repeats.
 
     Args:
         calls: the implementations to compare.
         repeats: alternating repeats after the warm-up.
-        budget: seconds for all of them; once spent, no repeat beyond the third begins.
+        budget: seconds for all of them; once spent, no repeat beyond the `least` begins.
+        least: repeats made in any case.
+        warm_up: False where the calls ran just before.
     """
-    for call in calls:
+    for call in calls if warm_up else ():
         call()
     seconds: list[list[float]] = [[] for _ in calls]
     began = time.perf_counter()
     for repeat in range(repeats):
-        if repeat >= 3 and time.perf_counter() - began > budget:
+        if repeat >= least and time.perf_counter() - began > budget:
             break
         for call, measured in zip(calls, seconds, strict=True):
             start = time.perf_counter()

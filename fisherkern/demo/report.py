@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 import torch
 
 from fisherkern.demo import findings as fact
 from fisherkern.demo.comparisons import ERROR_STRIDE, Row
+from fisherkern.demo.factors import DECAY, Factors
+from fisherkern.demo.factors import ERROR_STRIDE as FACTOR_STRIDE
 from fisherkern.demo.findings import Findings, Place
 from fisherkern.demo.measure import memory_method
+from fisherkern.demo.spectra import Spectra, Spectrum
 
 _MIB = 2**20
 
 
-def table(rows: list[Row]) -> str:
-    """Time, peak extra memory and errors of both implementations, one row per op."""
+def table(rows: list[Row], what: str = "op") -> str:
+    """Time, peak extra memory and errors of both implementations, one row per op or `what`."""
     heads = (
         f"{'':21}|{'time, ms':^27}|{'extra memory, MiB':^22}|{'relative error':^20}"
         f"|{'largest error':^20}\n"
-        f"{'op':21}|{'ours':>8}{'PyTorch':>9}{'ratio':>9} |{'ours':>10}{'PyTorch':>11} "
+        f"{what:21}|{'ours':>8}{'PyTorch':>9}{'ratio':>9} |{'ours':>10}{'PyTorch':>11} "
         f"|{'ours':>9}{'PyTorch':>10} |{'ours':>9}{'PyTorch':>10} "
     )
     rule = "+".join("-" * n for n in (21, 27, 22, 20, 20))
@@ -45,6 +49,46 @@ def table_notes(tokens: int, classes: int) -> str:
         f"logits [{tokens}, {classes}] float32 = {size:.0f} MiB. Time: median, alternating, warm. "
         f"Memory:\n{memory_method()}. Errors: against float64,\non every {ERROR_STRIDE}th token. "
         "Ours for the entropy computes all five statistics of softmax_fisher_stats."
+    )
+
+
+def factor_notes(factors: Factors) -> str:
+    """What the figures of the table of factors are."""
+    widths = ", ".join(map(str, factors.widths))
+    windows = "1 window" if factors.windows == 1 else f"{factors.windows} windows"
+    some = any(count < factors.layers for count in factors.measured)
+    return (
+        f"A = mean of a aᵀ over the inputs a of a layer, {factors.tokens} tokens in {windows} "
+        f"averaged with ema_decay {DECAY}.\n{factors.layers} linear layers ran, of input width "
+        f"{widths}; "
+        + ("measured on some, evenly spread: all take too long here" if some else "measured on all")
+        + ".\nTime: summed over layers. Memory, errors: the largest of a layer. Errors: against "
+        f"float64 from the same inputs, on\nevery {FACTOR_STRIDE}th row; relative in norm, and of "
+        "one entry beside √(Aᵢᵢ Aⱼⱼ). PyTorch: β A + (1 − β) x.t() @ (x / N), then\nsymmetrised; "
+        "with x.float() first, its bfloat16 row would have the error of the float32 row."
+    )
+
+
+def spectra(found: Spectra) -> str:
+    """The most and the least even factor, and the layer in the middle."""
+    if found.most_uneven is None or found.most_even is None:
+        return "no layer had inputs other than zero"
+    middle = statistics.median(found.fractions)
+    return (
+        f"effective directions (tr A)² / ‖A‖²: {_percent(middle)} of the width in the median "
+        "layer\n"
+        f"fewest: {_spectrum_line(found.most_uneven)}\n"
+        f"most: {_spectrum_line(found.most_even)}"
+    )
+
+
+def _spectrum_line(spectrum: Spectrum) -> str:
+    largest = spectrum.largest()
+    index, share = spectrum.coordinate()
+    eigenvalue = "" if largest is None else f"its largest eigenvalue {_percent(largest)} and "
+    return (
+        f"{spectrum.name}, {spectrum.effective:.1f} of {spectrum.width}; {eigenvalue}"
+        f"its coordinate {index} {_percent(share)} of the trace"
     )
 
 

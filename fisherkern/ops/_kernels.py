@@ -13,10 +13,18 @@ per token  weights, logsumexp, mask (bool), labels (int64), stats [T, 5], scalar
 per class  [V], contiguous, accumulation dtype
 seed       int64, one element
 ========== ===================================================================================
+activation x, g: [B, S, H, d] or without heads [B, S, d], strides (any, .., 1), dtypes as for rows
+factor     [H, D, D] or [d_out, D], strides (any, any, 1), float32 or float64; D = d, or d + 1 with
+           ``bias``: a last coordinate of ones that is not in memory
+alpha      [1], dtype of the factor; ``beta`` a float: factor ← beta · factor + alpha · Σ, where a
+           beta of zero does not read the factor
+========== ===================================================================================
 
 T, V ≥ 1. Values are checked before a kernel runs. A row whose weight is 0 (whose mask is False) is
 not read and its result is exactly zero; a weight that is NaN makes its row NaN. Where `logsumexp`
 is given, p = exp(z / τ − logsumexp). In-place kernels get one tensor as both logits and out.
+
+Of a symmetric factor only the lower triangle is read and written.
 
 A back end is a namespace with the functions of ``_reference_kernels.py``, names and arguments
 alike.
@@ -26,11 +34,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fisherkern import backends
 
 
-def kernels(logits: Tensor) -> Any:
-    """The kernels that serve these logits: a module, or an op namespace of the extension."""
-    return backends.load(backends.select(logits.device.type, logits.dtype))
+def kernels(x: Tensor, family: str = "", dtype: torch.dtype | None = None) -> Any:
+    """The kernels of a family that serve this tensor: a module, or the extension's op namespace.
+
+    A `dtype` stands in for that of x where an op only moves values.
+    """
+    return backends.load(backends.select(x.device.type, dtype or x.dtype, family))

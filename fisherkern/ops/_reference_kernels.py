@@ -207,3 +207,65 @@ def softmax_fisher_sample(
     sampled, gradient = reference.softmax_fisher_sample(logits, seed, **common)
     labels.copy_(sampled.view(-1))
     out.copy_(gradient)
+
+
+def covariance_update(
+    x: Tensor,
+    mask: Tensor | None,
+    weights: Tensor | None,
+    alpha: Tensor,
+    beta: float,
+    bias: bool,
+    precision: str,
+    factor: Tensor,
+) -> None:
+    """Lower triangle of factor [H, D, D] = beta · factor + alpha · Σ w x̃ x̃ᵀ."""
+    c = reference.covariance(
+        x.double(),
+        mask=_per_token(x, mask),
+        weights=_per_token(x, weights),
+        bias=bias,
+        heads=True,
+        reduction="sum",
+    )
+    _add(factor, c, alpha, beta, torch.ones_like(factor[0], dtype=torch.bool).tril())
+
+
+def cross_update(
+    x: Tensor,
+    g: Tensor,
+    mask: Tensor | None,
+    weights: Tensor | None,
+    alpha: Tensor,
+    beta: float,
+    bias: bool,
+    form: str,
+    precision: str,
+    factor: Tensor,
+) -> None:
+    """Factor [d_out, D_in] = beta · factor + alpha · the product of `form`."""
+    x, g = x.double(), g.double()
+    tokens: dict = {
+        "mask": _per_token(x, mask),
+        "weights": _per_token(x, weights),
+        "bias": bias,
+        "reduction": "sum",
+    }
+    if form == "product":
+        c = reference.cross_covariance(g, x, **tokens)
+    else:
+        c = reference.squared_gradient(x, g, per_sample=form == "samples", **tokens)
+    _add(factor, c, alpha, beta, torch.ones_like(factor, dtype=torch.bool))
+
+
+def mirror(factor: Tensor) -> None:
+    """Copy the lower triangle of factor [H, D, D], any strides, onto the upper one."""
+    upper = torch.ones_like(factor[0], dtype=torch.bool).triu(1)
+    factor.copy_(torch.where(upper, factor.mT, factor))
+
+
+def _add(factor: Tensor, c: Tensor, alpha: Tensor, beta: float, where: Tensor) -> None:
+    new = alpha.double() * c
+    if beta:
+        new = beta * factor.double() + new
+    factor.copy_(torch.where(where, new, factor.double()))

@@ -53,12 +53,14 @@ def _extent(x: Tensor) -> tuple[int, int]:
     return start, start + (steps + 1) * x.element_size()
 
 
-def check_disjoint(out: Tensor, inputs: dict[str, Tensor], hint: str = "") -> None:
-    """`out` shares no memory with an input and none of its elements with another of its own."""
+def check_disjoint(
+    out: Tensor, inputs: dict[str, Tensor], hint: str = "", name: str = "out"
+) -> None:
+    """The destination shares no memory with an input, nor one element with another."""
     if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
-        raise ValueError(f"out has strides {out.stride()}: several of its elements share memory")
+        raise ValueError(f"{name} has strides {out.stride()}: several of its elements share memory")
     start, stop = _extent(out)
-    for name, value in inputs.items():
+    for other, value in inputs.items():
         first, last = _extent(value)
         if start < last and first < stop:
-            raise ValueError(f"out overlaps {name} in memory; pass a separate tensor{hint}")
+            raise ValueError(f"{name} overlaps {other} in memory; pass a separate tensor{hint}")

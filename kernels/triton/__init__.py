@@ -3,6 +3,10 @@
 Importing this needs triton but no GPU, and leaves CUDA alone.
 """
 
+from fisherkern.kernels._covariance_config import triangular_pays
+from fisherkern.kernels.covariance import covariance_update
+from fisherkern.kernels.cross_covariance import cross_update
+from fisherkern.kernels.mirror import mirror
 from fisherkern.kernels.softmax_fisher_diagonals import (
     softmax_fisher_diagonal,
     softmax_fisher_diagonal_sum,
@@ -23,6 +27,9 @@ from fisherkern.kernels.softmax_fisher_stats import softmax_fisher_stats, softma
 from fisherkern.kernels.softmax_fisher_stats_backward import softmax_fisher_stats_backward
 
 __all__ = [
+    "covariance_update",
+    "cross_update",
+    "mirror",
     "softmax_fisher_diagonal",
     "softmax_fisher_diagonal_sum",
     "softmax_fisher_gradient",
@@ -36,4 +43,5 @@ __all__ = [
     "softmax_fisher_stats",
     "softmax_fisher_stats_backward",
     "softmax_fisher_trace",
+    "triangular_pays",
 ]

@@ -1,4 +1,4 @@
-"""Device functions that the softmax Fisher kernels share.
+"""Device functions that kernels share, most of them those of the softmax Fisher.
 
 Notation: z logits of one token (a row), τ temperature, m = max z, `scale` = log2(e) / τ with
 `scale_low` its rounding error, e = exp2((z − m) · scale) ≤ 1, s = Σ e, p = e / s. Subtracting m
@@ -35,6 +35,16 @@ def rate(temperature: float) -> tuple[float, float]:
     exact = _LOG2E / temperature
     scale = ctypes.c_float(exact).value
     return scale, exact - scale
+
+
+@triton.jit
+def pair_of(index):
+    """Row i and column j <= i of the lower triangle at i (i + 1) / 2 + j = index."""
+    i = ((tl.sqrt(8.0 * index.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
+    # the root may be off by one
+    i = tl.where(i * (i + 1) // 2 > index, i - 1, i)
+    i = tl.where((i + 1) * (i + 2) // 2 <= index, i + 1, i)
+    return i, index - i * (i + 1) // 2
 
 
 @triton.jit

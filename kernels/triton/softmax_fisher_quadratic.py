@@ -15,22 +15,13 @@ from fisherkern.kernels._common import (
     mass_and_deficit,
     natural_rate,
     pair_moments,
+    pair_of,
     rate,
     row_offset,
     star_probability,
     token_mask,
 )
 from fisherkern.kernels._config import launch, on_device
-
-
-@triton.jit
-def pair_of(index):
-    """Row i and column j <= i of the lower triangle at i (i + 1) / 2 + j = index."""
-    i = ((tl.sqrt(8.0 * index.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
-    # the root may be off by one
-    i = tl.where(i * (i + 1) // 2 > index, i - 1, i)
-    i = tl.where((i + 1) * (i + 2) // 2 <= index, i + 1, i)
-    return i, index - i * (i + 1) // 2
 
 
 @triton.jit

@@ -62,13 +62,15 @@ def _row(outcome: Outcome, provider: str) -> results.Result:
 def test_every_case_runs(family: str, op: str, dtype: torch.dtype) -> None:
     found = FAMILIES[family]
     case = Case(found, found.op(op), found.smoke, dtype)
-    outcome = runner.run_case(case, _found(case, "ours", "reference", "eager"), QUICK, LIMITS)
-    assert {row.provider for row in outcome.results} >= {"eager"}
+    kinds = ("ours", "reference", "eager", "peer")
+    outcome = runner.run_case(case, _found(case, *kinds), QUICK, LIMITS)
+    assert {row.provider for row in outcome.results} >= {case.op.plain_name, *case.op.formulas}
     for row in outcome.results:
         assert row.status == OK, (row.provider, row.status, row.max_error, row.error_limit)
         assert row.median_s is not None
         assert row.p20_s <= row.median_s <= row.p80_s
-        assert row.ceiling_fraction == pytest.approx(row.floor_bytes / row.median_s / 1e9)
+        work = row.floor_bytes if case.op.ceiling == "copy" else row.flops
+        assert row.ceiling_fraction == pytest.approx(work / row.median_s / 1e9)
 
 
 def test_compile_runs() -> None:
@@ -185,7 +187,7 @@ def _blank(provider: str, device: str = "cpu") -> results.Result:
 
 def _passed(ratios: Sequence[Ratio]) -> list[bool]:
     rows = [_blank(name) for name in ("cpp", "eager", "compile")]
-    return [v.passed for v in verdict.speed(rows, ratios, "cpp")]
+    return [v.passed for v in verdict.speed(rows, ratios, FAMILIES["softmax_fisher"], "cpp")]
 
 
 def test_speed_verdicts() -> None:
@@ -201,12 +203,14 @@ def test_speed_verdict_fails_where_a_case_has_no_speed() -> None:
     rows = [_blank(name) for name in ("cpp", "eager", "compile")]
     rows.append(replace(rows[0], op="trace", status="wrong result"))
     ratios = [_ratio("eager", 9.0), _ratio("compile", 9.0)]
-    assert [v.passed for v in verdict.speed(rows, ratios, "cpp")] == [False] * 3
+    verdicts = verdict.speed(rows, ratios, FAMILIES["softmax_fisher"], "cpp")
+    assert [v.passed for v in verdicts] == [False] * 3
 
 
 def test_peer_that_was_not_asked_for_has_no_bar() -> None:
     rows = [_blank("cpp"), _blank("eager")]
-    assert len(verdict.speed(rows, [_ratio("eager", 9.0)], "cpp")) == 1
+    ratios = [_ratio("eager", 9.0)]
+    assert len(verdict.speed(rows, ratios, FAMILIES["softmax_fisher"], "cpp")) == 1
 
 
 @pytest.mark.parametrize(("fraction", "passed"), [(0.66, True), (0.64, False)])
@@ -218,7 +222,8 @@ def test_bandwidth_verdict(fraction: float, passed: bool) -> None:
 
 @pytest.mark.parametrize(("extra", "passed"), [(2**20, True), (2**25, False)])
 def test_memory_verdict(extra: int, passed: bool) -> None:
-    (only,) = verdict.memory([replace(_blank("cpp"), extra_bytes=extra)], "cpp")
+    rows = [replace(_blank("cpp"), extra_bytes=extra)]
+    (only,) = verdict.memory(rows, FAMILIES["softmax_fisher"], "cpp")
     assert only.passed == passed
 
 

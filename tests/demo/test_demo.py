@@ -56,6 +56,10 @@ def test_demo_end_to_end(model_folder, tmp_path, capsys):
     assert "text.txt, 2 x 64 tokens" in printed  # the model reads no more than 64
     for comparison in comparisons.COMPARISONS:
         assert f"\n{comparison.name}" in printed
+    assert "\nfloat32, 9 layers " in printed
+    assert "\nbfloat16, 9 layers " in printed
+    assert "128 tokens in 2 windows" in printed
+    assert "\nfewest: " in printed
     assert "126 predictions: mean trace" in printed
     assert "Most uncertain: largest trace\n\n 1. trace" in printed
     assert "⟦" in printed
@@ -132,6 +136,8 @@ def test_median_alternates_and_stops_when_the_budget_is_spent():
     calls = [lambda: order.append("a"), lambda: order.append("b")]
     assert len(measure.median_seconds(calls, repeats=9, budget=0.0)) == 2
     assert "".join(order) == "ab" * 4  # a warm-up and three repeats
+    measure.median_seconds(calls, budget=0.0, least=1, warm_up=False)
+    assert "".join(order) == "ab" * 5
 
 
 def test_command_line_imports_nothing_heavy():

@@ -201,7 +201,7 @@ def _matvec_backward_jvp(inputs: Sequence[Any], output: Tensor, tangents: Sequen
 def _root_gradient(
     inputs: Sequence[Any], right: Tensor, left: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """Derivative of ⟨left, √w L right⟩ in z, in plain PyTorch (L = L(z), see reference.py)."""
+    """Derivative of ⟨left, √w L right⟩ in z, in plain PyTorch (L of fisherkern.reference)."""
     logits, _, weights, _, temperature = inputs
     p = probabilities(logits, weights, temperature)
     root = p.sqrt()

@@ -10,15 +10,6 @@
 #include "destination.h"
 #include "softmax_fisher.h"
 
-#if defined(FISHERKERN_X86)
-#define FISHERKERN_KERNEL(name)                                   \
-  (capability() == Capability::avx512 ? &avx512::name             \
-   : capability() == Capability::avx2 ? &avx2::name               \
-                                      : &baseline::name)
-#else
-#define FISHERKERN_KERNEL(name) (&baseline::name)
-#endif
-
 namespace fisherkern {
 namespace {
 

@@ -1,8 +1,4 @@
-"""The definition of every op in plain PyTorch: short enough to trust, slow enough to avoid.
-
-Signatures are those of :mod:`fisherkern.ops`. Everything is computed in float64 and rounded once at
-the end: tests take their truth from here, and this module is itself tested against autograd, dense
-algebra and Monte Carlo. It is also the back end of last resort.
+"""The softmax Fisher ops by their definition.
 
 Notation: T tokens (all leading dimensions flattened), V classes, z logits, τ temperature,
 p = softmax(z / τ), w token weights, N = Σ w; F_t = (diag p_t − p_t p_tᵀ) / τ².
@@ -14,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from fisherkern.reference.tokens import accumulation_dtype, normalised, token_weights
 
 # Label of a token that has none; the default `ignore_index` of torch.nn.functional.cross_entropy.
 IGNORE_INDEX = -100
@@ -32,30 +30,6 @@ class SoftmaxFisherStats(NamedTuple):
     """tr F² = (Σ p² − 2 Σ p³ + (Σ p²)²) / τ⁴."""
     max_probability: Tensor
     """max p."""
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64 logits, float32 for everything narrower."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def token_weights(logits: Tensor, mask: Tensor | None, weights: Tensor | None) -> Tensor | None:
-    """Weights [...] in the accumulation dtype, or None where every token counts once."""
-    if weights is None:
-        weights = mask
-    return None if weights is None else weights.to(accumulation_dtype(logits.dtype))
-
-
-def normalised(weights: Tensor | None, logits: Tensor, reduction: str) -> Tensor | None:
-    """The weights that turn a weighted sum into `reduction`; N = 0 gives zeros, a NaN stays NaN."""
-    if reduction != "mean":
-        return weights
-    lead = logits.shape[:-1]
-    if weights is None:
-        dtype = accumulation_dtype(logits.dtype)
-        return torch.full(lead, 1.0 / max(lead.numel(), 1), dtype=dtype, device=logits.device)
-    total = weights.sum()
-    return torch.where(total == 0, torch.zeros_like(weights), weights / total)
 
 
 def _scaled_logits(logits: Tensor, temperature: float, weights: Tensor | None) -> Tensor:

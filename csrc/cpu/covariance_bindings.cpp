@@ -1,0 +1,242 @@
+// The covariance ops on the CPU: tokens are packed into panels of bounded size, tiles of the product
+// are shared out among threads.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "../checks.h"
+#include "capability.h"
+#include "panel_product.h"
+
+namespace fisherkern {
+namespace {
+
+using Optional = std::optional<Tensor>;
+
+constexpr int64_t kWorkspaceBytes = 32 << 20;
+constexpr int64_t kTasks = 16;  // at least so many where the tokens allow it
+
+// Of x [batches, tokens, heads, columns], or without heads.
+Activations activations_of(const Tensor& x, const char* name) {
+  const int64_t last = x.dim() - 1;
+  STD_TORCH_CHECK((last == 2 || last == 3) && x.numel() > 0, name,
+                  " must be [batches, tokens, (heads,) columns] and not empty");
+  STD_TORCH_CHECK(x.stride(last) == 1 || x.size(last) == 1, name,
+                  " must have a column stride of 1");
+  Activations a{};
+  a.data = x.data_ptr();
+  a.dtype = dtype_of(x);
+  a.tokens = x.size(1);
+  a.heads = last == 3 ? x.size(2) : 1;
+  a.columns = x.size(last);
+  a.batch_stride = x.stride(0);
+  a.token_stride = x.stride(1);
+  a.head_stride = last == 3 ? x.stride(2) : 0;
+  return a;
+}
+
+// The tokens that count, in order, and the bounds of each batch among them.
+class Tokens {
+ public:
+  Tokens(const Tensor& x, const Optional& mask, const Optional& weights) {
+    const int64_t per_batch = x.size(1), T = x.size(0) * per_batch;
+    const auto* counts =
+        mask ? static_cast<const uint8_t*>(flat_of(*mask, x, T, "mask", ScalarType::Bool)) : nullptr;
+    const bool wide = x.scalar_type() == ScalarType::Double;
+    const void* values = weights ? flat_of(*weights, x, T, "weights") : nullptr;
+    position_.reserve(T);
+    for (int64_t t = 0; t < T; ++t) {
+      if (t % per_batch == 0) bounds_.push_back(size());
+      double w = 1;
+      if (values) w = wide ? static_cast<const double*>(values)[t] : static_cast<const float*>(values)[t];
+      if ((counts && !counts[t]) || w == 0) continue;
+      position_.push_back(t);
+      if (values) weight_.push_back(w);
+    }
+    bounds_.push_back(size());
+  }
+
+  int64_t size() const { return static_cast<int64_t>(position_.size()); }
+  const std::vector<int64_t>& bounds() const { return bounds_; }
+
+  TokenList list(int64_t begin, int64_t end, bool weighted) const {
+    return {position_.data() + begin, weighted && !weight_.empty() ? weight_.data() + begin : nullptr,
+            end - begin};
+  }
+  bool weighted() const { return !weight_.empty(); }
+
+ private:
+  std::vector<int64_t> position_, bounds_;
+  std::vector<double> weight_;
+};
+
+// Runs task(i) for i in [0, count); a thread takes the next as soon as it is free.
+template <class Task>
+void share_out(int64_t count, Task&& task) {
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, count, 1, [&](int64_t, int64_t) {
+    for (int64_t i; (i = next++) < count;) task(i);
+  });
+}
+
+// factor <- beta factor + alpha left^T right over all tokens, panel by panel.
+void update(const Activations& left, const Activations& right, const Tokens& tokens,
+            PanelProduct product, bool wide) {
+  const int64_t W = FISHERKERN_KERNEL(slice_width)(wide);
+  const int64_t segment = FISHERKERN_KERNEL(segment_length)(wide);
+  const bool one = product.triangular && !tokens.weighted();  // panel for both sides
+  auto slices = [&](int64_t columns) { return product.heads * ((columns + W - 1) / W); };
+  const int64_t columns = slices(product.rows) * W + (one ? 0 : slices(product.columns) * W);
+  const int64_t size = wide ? sizeof(double) : sizeof(float);
+  int64_t capacity = std::max(kWorkspaceBytes / (columns * size) / segment, int64_t{1}) * segment;
+  // where the product of a batch is squared, a panel holds whole batches
+  const auto& bounds = tokens.bounds();
+  const int64_t batches = static_cast<int64_t>(bounds.size()) - 1;
+  if (product.square)
+    for (int64_t b = 0; b < batches; ++b) capacity = std::max(capacity, bounds[b + 1] - bounds[b]);
+  capacity = std::min(capacity, std::max<int64_t>(tokens.size(), 1));
+
+  const std::unique_ptr<char[]> memory(new char[capacity * columns * size + 64]);
+  char* const start = memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64) % 64;
+  product.left = {start, capacity};
+  product.right = {one ? start : start + slices(product.rows) * capacity * W * size, capacity};
+
+  const auto pack = FISHERKERN_KERNEL(pack);
+  const auto multiply_tile = FISHERKERN_KERNEL(multiply_tile);
+  const auto add_splits = FISHERKERN_KERNEL(add_splits);
+  const int64_t tiles = FISHERKERN_KERNEL(tile_count)(product, wide);
+  int64_t begin = 0, batch = 0;
+  do {
+    std::vector<int64_t> segments{0};
+    int64_t end = begin;
+    if (product.square) {
+      for (; batch < batches && bounds[batch + 1] - begin <= capacity; ++batch)
+        if ((end = bounds[batch + 1]) - begin > segments.back()) segments.push_back(end - begin);
+    } else {
+      end = std::min(begin + capacity, tokens.size());
+      for (int64_t at = begin; at < end; at += segment)
+        segments.push_back(std::min(at + segment, end) - begin);
+    }
+    constexpr int64_t kBlock = 64;
+    share_out((end - begin + kBlock - 1) / kBlock, [&](int64_t i) {
+      const int64_t first = i * kBlock, last = std::min(first + kBlock, end - begin);
+      pack(left, tokens.list(begin, end, true), wide, product.left, first, last);
+      if (!one) pack(right, tokens.list(begin, end, false), wide, product.right, first, last);
+    });
+    product.segments = segments.data();
+    product.segment_count = static_cast<int64_t>(segments.size()) - 1;
+    // few tiles: the tokens are shared out too, by the shape alone
+    product.splits = std::clamp<int64_t>(kTasks / tiles, 1, std::max<int64_t>(product.segment_count / 4, 1));
+    std::unique_ptr<char[]> partial;
+    if (product.splits > 1) {
+      partial.reset(new char[product.splits * product.heads * product.rows * product.columns * size]);
+      product.partial = partial.get();
+    }
+    share_out(tiles * product.splits, [&](int64_t i) { multiply_tile(product, wide, i); });
+    if (product.splits > 1)
+      torch::stable::parallel_for(
+          0, product.heads * product.rows, 64,
+          [&](int64_t first, int64_t last) { add_splits(product, wide, first, last); });
+    product.beta = 1;
+    begin = end;
+  } while (begin < tokens.size());
+}
+
+// The factor as destination; rows and columns are those of the product.
+PanelProduct destination(const Tensor& factor, const Tensor& x, const Tensor& alpha, double beta) {
+  const int64_t n = factor.dim();
+  const bool wide = factor.scalar_type() == ScalarType::Double;
+  STD_TORCH_CHECK(wide || (factor.scalar_type() == ScalarType::Float &&
+                           x.scalar_type() != ScalarType::Double),
+                  "factor must be float32 or float64, and no narrower than x");
+  STD_TORCH_CHECK(factor.stride(n - 1) == 1 || factor.size(n - 1) == 1,
+                  "factor must have a column stride of 1");
+  STD_TORCH_CHECK(alpha.numel() == 1 && alpha.scalar_type() == factor.scalar_type(),
+                  "alpha must be one element of the dtype of factor");
+  PanelProduct p{};
+  p.rows = factor.size(n - 2);
+  p.columns = factor.size(n - 1);
+  p.heads = 1;
+  p.factor = factor.data_ptr();
+  p.row_stride = factor.stride(n - 2);
+  p.alpha = wide ? *static_cast<const double*>(alpha.data_ptr())
+                 : *static_cast<const float*>(alpha.data_ptr());
+  p.beta = beta;
+  return p;
+}
+
+void covariance_update(const Tensor& x, const Optional& mask, const Optional& weights,
+                       const Tensor& alpha, double beta, bool bias, std::string, Tensor factor) {
+  Activations a = activations_of(x, "x");
+  a.bias = bias;
+  PanelProduct p = destination(factor, x, alpha, beta);
+  STD_TORCH_CHECK(factor.dim() == 3 && factor.size(0) == a.heads && p.rows == a.width() &&
+                      p.columns == a.width(),
+                  "factor must be [heads, columns, columns]");
+  p.heads = a.heads;
+  p.head_stride = factor.stride(0);
+  p.triangular = true;
+  update(a, a, Tokens(x, mask, weights), p, factor.scalar_type() == ScalarType::Double);
+}
+
+void cross_update(const Tensor& x, const Tensor& g, const Optional& mask, const Optional& weights,
+                  const Tensor& alpha, double beta, bool bias, std::string form, std::string,
+                  Tensor factor) {
+  Activations right = activations_of(x, "x"), left = activations_of(g, "g");
+  STD_TORCH_CHECK(x.dim() == 3 && g.dim() == 3 && x.size(0) == g.size(0) &&
+                      x.size(1) == g.size(1) && x.scalar_type() == g.scalar_type(),
+                  "x and g must be [batches, tokens, columns] of one dtype");
+  STD_TORCH_CHECK(form == "product" || form == "squares" || form == "samples",
+                  "form must be product, squares or samples");
+  right.bias = bias;
+  left.squares = right.squares = form == "squares";
+  PanelProduct p = destination(factor, x, alpha, beta);
+  STD_TORCH_CHECK(factor.dim() == 2 && p.rows == left.width() && p.columns == right.width(),
+                  "factor must be [columns of g, columns of x]");
+  p.square = form == "samples";
+  update(left, right, Tokens(x, mask, weights), p, factor.scalar_type() == ScalarType::Double);
+}
+
+// Copies the rows [first, last) left of the diagonal onto the columns above it, some columns at a
+// time: a row that is written to is written to 64 times before its page is left.
+template <class E>
+void mirror_rows(E* a, int64_t row_stride, int64_t column_stride, int64_t first, int64_t last) {
+  constexpr int64_t kBlock = 64;
+  for (int64_t block = 0; block < last; block += kBlock)
+    for (int64_t row = first; row < last; ++row)
+      for (int64_t column = block; column < std::min(block + kBlock, row); ++column)
+        a[column * row_stride + row * column_stride] = a[row * row_stride + column * column_stride];
+}
+
+void mirror(Tensor factor) {
+  STD_TORCH_CHECK(factor.dim() == 3 && factor.size(1) == factor.size(2) &&
+                      (factor.scalar_type() == ScalarType::Double ||
+                       factor.scalar_type() == ScalarType::Float),
+                  "factor must be [heads, columns, columns], float32 or float64");
+  constexpr int64_t kRows = 64;
+  const int64_t D = factor.size(1), blocks = (D + kRows - 1) / kRows;
+  const bool wide = factor.scalar_type() == ScalarType::Double;
+  share_out(factor.size(0) * blocks, [&](int64_t i) {
+    // the longest block rows first
+    const int64_t first = (blocks - 1 - i % blocks) * kRows, last = std::min(first + kRows, D);
+    const int64_t offset = i / blocks * factor.stride(0);
+    auto of = [&](auto* a) {
+      mirror_rows(a + offset, factor.stride(1), factor.stride(2), first, last);
+    };
+    wide ? of(static_cast<double*>(factor.data_ptr())) : of(static_cast<float*>(factor.data_ptr()));
+  });
+}
+
+}  // namespace
+}  // namespace fisherkern
+
+STABLE_TORCH_LIBRARY_IMPL(fisherkern_native, CPU, m) {
+  m.impl("covariance_update", TORCH_BOX(&fisherkern::covariance_update));
+  m.impl("cross_update", TORCH_BOX(&fisherkern::cross_update));
+  m.impl("mirror", TORCH_BOX(&fisherkern::mirror));
+}

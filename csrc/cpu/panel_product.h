@@ -1,0 +1,62 @@
+// Products of packed panels: the matrix products of this package, with what surrounds them fused in.
+//
+// A panel holds rows of tokens cut into slices of kSlice columns, [slices][capacity][kSlice] in the
+// accumulation type. Packing is where rows are selected, widened, weighted and given their bias
+// coordinate, so that no such copy of the whole input exists. A product adds up the tokens of two
+// panels, tile by tile of the result; a tile belongs to one thread and its tokens come in a fixed
+// order, so that the bits do not depend on the threads.
+#pragma once
+#include "../covariance.h"
+
+namespace fisherkern {
+
+// Tokens to pack: positions in the flattened [batches, tokens], and their weights if there are any.
+struct TokenList {
+  const int64_t* position;
+  const double* weight;  // null: all one
+  int64_t count;
+};
+
+struct Panel {
+  void* data;
+  int64_t capacity;  // tokens
+};
+
+// factor <- beta factor + alpha (sum over segments of left^T right), or of its squares.
+struct PanelProduct {
+  Panel left, right;
+  int64_t rows, columns;  // of a factor
+  int64_t heads;
+  const int64_t* segments;  // bounds of count + 1: tokens that are multiplied in one go
+  int64_t segment_count;
+  bool square;      // the product of each segment, before it is added
+  bool triangular;  // only the tiles that touch the lower triangle, and only that half of them
+  int64_t splits;   // shares of the segments, each a task of its own,
+  void* partial;    // and their sums [splits, heads, rows, columns] where there are several
+  void* factor;
+  int64_t head_stride, row_stride;
+  double alpha, beta;
+};
+
+// In the accumulation type of `wide` (double) or not (float):
+#define FISHERKERN_DECLARE_PANELS(ISA)                                                            \
+  namespace ISA {                                                                                 \
+  /* columns of a slice, and tokens that fit the first-level cache with it */                     \
+  int64_t slice_width(bool wide);                                                                 \
+  int64_t segment_length(bool wide);                                                              \
+  /* the tokens [begin, end) of the list, all heads */                                            \
+  void pack(const Activations&, const TokenList&, bool wide, Panel, int64_t begin, int64_t end);  \
+  int64_t tile_count(const PanelProduct&, bool wide);                                             \
+  /* task = tile * splits + split */                                                              \
+  void multiply_tile(const PanelProduct&, bool wide, int64_t task);                               \
+  /* the rows [begin, end) of all heads, splits in order */                                       \
+  void add_splits(const PanelProduct&, bool wide, int64_t begin, int64_t end);                    \
+  }
+
+FISHERKERN_DECLARE_PANELS(baseline)
+#if defined(FISHERKERN_X86)
+FISHERKERN_DECLARE_PANELS(avx2)
+FISHERKERN_DECLARE_PANELS(avx512)
+#endif
+
+}  // namespace fisherkern
