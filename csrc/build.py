@@ -27,6 +27,8 @@ INSTRUCTION_SETS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
 }
+# sources whose name ends in _amx.cpp: once, for the matrix units
+AMX = [*INSTRUCTION_SETS["avx512"], "-mamx-tile", "-mamx-bf16"]
 # GCC 12 warns inside its own AVX-512 headers
 KERNEL_FLAGS = ["-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 # sources of cpu/ without vector code, compiled once
@@ -56,6 +58,11 @@ def _torch() -> tuple[Path, str, str | None] | None:
 
 def _compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
+
+
+def _accepts(compiler: str, flags: list[str]) -> bool:
+    command = [compiler, *flags, "-fsyntax-only", "-x", "c++", os.devnull]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def _ninja() -> list[str] | None:
@@ -195,6 +202,8 @@ def extension(target: Path) -> None:
     common += [f"-isystem{torch}/include/torch/csrc/api/include"]
     common += [f"-isystem{sysconfig.get_paths()['include']}"]
     common += ["-DFISHERKERN_X86"] if x86 else []
+    amx = x86 and sys.platform == "linux" and _accepts(compiler, AMX)
+    common += ["-DFISHERKERN_AMX"] if amx else []
     gencodes = architectures() if cuda else []
     information = [
         f'-DFISHERKERN_COMPILER="{Path(compiler).name}"',
@@ -211,6 +220,11 @@ def extension(target: Path) -> None:
     for source in sorted((SOURCES / "cpu").glob("*.cpp")):
         if source.name.endswith(ONCE):
             build.compile(f"cpu_{source.stem}", common, source, f"cpu_{source.stem}.o")
+            continue
+        if source.stem.endswith("_amx"):
+            command = [*common, *AMX, *KERNEL_FLAGS, "-DFISHERKERN_ISA=amx"]
+            if amx:
+                build.compile(source.stem, command, source, f"{source.stem}.o")
             continue
         for name, flags in sets.items():
             rule = f"{source.stem}_{name}"

@@ -84,32 +84,46 @@ void share_out(int64_t count, Task&& task) {
   });
 }
 
+// The arithmetic for these operands.
+const PanelKernels& kernels_for(const Activations& x, const Tokens& tokens,
+                                const PanelProduct& product, bool wide) {
+#if defined(FISHERKERN_AMX)
+  if (capability() == Capability::amx && x.dtype == DType::bfloat16 && !wide && !x.squares &&
+      !product.square && !tokens.weighted())
+    return amx::panel_kernels();
+#endif
+  return FISHERKERN_KERNEL(panel_kernels)(wide);
+}
+
+int64_t rounded_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
 // factor <- beta factor + alpha left^T right over all tokens, panel by panel.
 void update(const Activations& left, const Activations& right, const Tokens& tokens,
             PanelProduct product, bool wide) {
-  const int64_t W = FISHERKERN_KERNEL(slice_width)(wide);
-  const int64_t segment = FISHERKERN_KERNEL(segment_length)(wide);
-  const bool one = product.triangular && !tokens.weighted();  // panel for both sides
-  auto slices = [&](int64_t columns) { return product.heads * ((columns + W - 1) / W); };
-  const int64_t columns = slices(product.rows) * W + (one ? 0 : slices(product.columns) * W);
-  const int64_t size = wide ? sizeof(double) : sizeof(float);
-  int64_t capacity = std::max(kWorkspaceBytes / (columns * size) / segment, int64_t{1}) * segment;
+  const PanelKernels& kernels = kernels_for(left, tokens, product, wide);
+  const int64_t W = kernels.slice_width, segment = kernels.segment;
+  // one panel for both sides
+  const bool one = product.triangular && !tokens.weighted() && kernels.sides_alike;
+  const int64_t left_columns = product.heads * rounded_up(product.rows, W);
+  const int64_t columns = left_columns + (one ? 0 : product.heads * rounded_up(product.columns, W));
+  const int64_t token_bytes = columns * kernels.element_bytes;
+  int64_t capacity = std::max(kWorkspaceBytes / token_bytes / segment, int64_t{1}) * segment;
   // where the product of a batch is squared, a panel holds whole batches
   const auto& bounds = tokens.bounds();
   const int64_t batches = static_cast<int64_t>(bounds.size()) - 1;
   if (product.square)
     for (int64_t b = 0; b < batches; ++b) capacity = std::max(capacity, bounds[b + 1] - bounds[b]);
-  capacity = std::min(capacity, std::max<int64_t>(tokens.size(), 1));
+  capacity = std::clamp<int64_t>(tokens.size(), 1, capacity);
+  capacity = rounded_up(capacity, kernels.token_block);
 
-  const std::unique_ptr<char[]> memory(new char[capacity * columns * size + 64]);
+  const std::unique_ptr<char[]> memory(new char[capacity * token_bytes + 64]);
   char* const start = memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64) % 64;
   product.left = {start, capacity};
-  product.right = {one ? start : start + slices(product.rows) * capacity * W * size, capacity};
+  product.right = {one ? start : start + capacity * left_columns * kernels.element_bytes, capacity};
 
-  const auto pack = FISHERKERN_KERNEL(pack);
-  const auto multiply_tile = FISHERKERN_KERNEL(multiply_tile);
-  const auto add_splits = FISHERKERN_KERNEL(add_splits);
-  const int64_t tiles = FISHERKERN_KERNEL(tile_count)(product, wide);
+  const int64_t tiles = kernels.tile_count(product);
   int64_t begin = 0, batch = 0;
   do {
     std::vector<int64_t> segments{0};
@@ -122,26 +136,29 @@ void update(const Activations& left, const Activations& right, const Tokens& tok
       for (int64_t at = begin; at < end; at += segment)
         segments.push_back(std::min(at + segment, end) - begin);
     }
-    constexpr int64_t kBlock = 64;
-    share_out((end - begin + kBlock - 1) / kBlock, [&](int64_t i) {
-      const int64_t first = i * kBlock, last = std::min(first + kBlock, end - begin);
-      pack(left, tokens.list(begin, end, true), wide, product.left, first, last);
-      if (!one) pack(right, tokens.list(begin, end, false), wide, product.right, first, last);
+    constexpr int64_t kTokens = 64;  // that a thread packs at a time
+    share_out((end - begin + kTokens - 1) / kTokens, [&](int64_t i) {
+      const int64_t first = i * kTokens, last = std::min(first + kTokens, end - begin);
+      kernels.pack(left, tokens.list(begin, end, true), product.left, true, first, last);
+      if (!one)
+        kernels.pack(right, tokens.list(begin, end, false), product.right, false, first, last);
     });
     product.segments = segments.data();
     product.segment_count = static_cast<int64_t>(segments.size()) - 1;
     // few tiles: the tokens are shared out too, by the shape alone
-    product.splits = std::clamp<int64_t>(kTasks / tiles, 1, std::max<int64_t>(product.segment_count / 4, 1));
+    product.splits =
+        std::clamp<int64_t>(kTasks / tiles, 1, std::max<int64_t>(product.segment_count / 4, 1));
     std::unique_ptr<char[]> partial;
     if (product.splits > 1) {
-      partial.reset(new char[product.splits * product.heads * product.rows * product.columns * size]);
+      const int64_t elements = product.splits * product.heads * product.rows * product.columns;
+      partial.reset(new char[elements * (wide ? sizeof(double) : sizeof(float))]);
       product.partial = partial.get();
     }
-    share_out(tiles * product.splits, [&](int64_t i) { multiply_tile(product, wide, i); });
+    share_out(tiles * product.splits, [&](int64_t i) { kernels.multiply_tile(product, i); });
     if (product.splits > 1)
       torch::stable::parallel_for(
           0, product.heads * product.rows, 64,
-          [&](int64_t first, int64_t last) { add_splits(product, wide, first, last); });
+          [&](int64_t first, int64_t last) { kernels.add_splits(product, first, last); });
     product.beta = 1;
     begin = end;
   } while (begin < tokens.size());

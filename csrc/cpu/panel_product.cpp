@@ -1,8 +1,6 @@
 #include "panel_product.h"
 
-#include <vector>
-
-#include "simd.h"
+#include "panel_tiles.h"
 
 namespace fisherkern {
 namespace FISHERKERN_ISA {
@@ -18,16 +16,7 @@ constexpr int kRows = kVectorBytes == 64 ? 8 : kLanes<A> == 2 ? 2 : 4;
 // a tile go by, and a chain of additions is short enough to be more accurate than a plain product.
 template <class A>
 constexpr int64_t kSegment = std::min<int64_t>(128, (24 << 10) / (kSlice<A> * sizeof(A)));
-// Columns of a tile: its sums stay in the second-level cache.
-template <class A>
-constexpr int64_t kTileSlices = std::max<int64_t>(1, 192 / kSlice<A>);
-
 static_assert(kSlice<float> % kRows<float> == 0 && kSlice<double> % kRows<double> == 0);
-
-template <class A>
-int64_t slices_of(int64_t columns) {
-  return (columns + kSlice<A> - 1) / kSlice<A>;
-}
 
 template <class A>
 A* slice(Panel panel, int64_t index) {
@@ -56,7 +45,7 @@ void pack_slice(const T* from, int64_t count, bool squares, A weight, A* to) {
 template <class T, class A>
 void pack_rows(const Activations& x, const TokenList& list, Panel panel, int64_t begin,
                int64_t end) {
-  const int64_t slices = slices_of<A>(x.width());
+  const int64_t slices = slices_of(x.width(), kSlice<A>);
   // slice after slice for a few tokens: both the reads and the writes go along memory
   constexpr int64_t kTokens = 16;
   for (int64_t first = begin; first < end; first += kTokens) {
@@ -107,59 +96,24 @@ void micro_tile(const A* left, const A* right, int64_t count, bool square, A* su
   }
 }
 
-struct Tile {
-  int64_t head, row, column, split;  // row and column in tiles
-};
-
 template <class A>
-int64_t tiles_per_head(const PanelProduct& p) {
-  constexpr int64_t width = kTileSlices<A> * kSlice<A>;
-  const int64_t rows = (p.rows + width - 1) / width, columns = (p.columns + width - 1) / width;
-  return p.triangular ? rows * (rows + 1) / 2 : rows * columns;
-}
-
-template <class A>
-Tile tile_at(const PanelProduct& p, int64_t task) {
-  constexpr int64_t width = kTileSlices<A> * kSlice<A>;
-  const int64_t per_head = tiles_per_head<A>(p), columns = (p.columns + width - 1) / width;
-  Tile tile{task / p.splits / per_head, 0, task / p.splits % per_head, task % p.splits};
-  if (p.triangular) {
-    for (; tile.column > tile.row; ++tile.row) tile.column -= tile.row + 1;
-  } else {
-    tile.row = tile.column / columns;
-    tile.column %= columns;
-  }
-  return tile;
-}
-
-template <class A>
-void multiply(const PanelProduct& p, int64_t task) {
+void multiply_tile(const PanelProduct& p, int64_t task) {
   constexpr int W = kSlice<A>;
-  const Tile tile = tile_at<A>(p, task);
-  const int64_t row_slices = slices_of<A>(p.rows), column_slices = slices_of<A>(p.columns);
-  const int64_t i0 = tile.row * kTileSlices<A>, j0 = tile.column * kTileSlices<A>;
-  const int64_t i1 = std::min(i0 + kTileSlices<A>, row_slices);
-  const int64_t j1 = std::min(j0 + kTileSlices<A>, column_slices);
-  // sums of the tile, one W x W block per pair of slices
-  static thread_local std::vector<A> memory;
-  memory.assign(kTileSlices<A> * kTileSlices<A> * W * W + kLanes<A>, A(0));
-  const auto start = reinterpret_cast<uintptr_t>(memory.data());
-  A* const sums = reinterpret_cast<A*>((start + kVectorBytes - 1) / kVectorBytes * kVectorBytes);
-  auto block = [&](int64_t i, int64_t j) {
-    return sums + ((i - i0) * kTileSlices<A> + (j - j0)) * W * W;
-  };
+  const Tile tile = tile_at<W>(p, task);
+  const int64_t row_slices = slices_of(p.rows, W), column_slices = slices_of(p.columns, W);
+  const TileSums<A, W> sums(tile);
   const int64_t last = (tile.split + 1) * p.segment_count / p.splits;
   for (int64_t s = tile.split * p.segment_count / p.splits; s < last; ++s) {
     const int64_t begin = p.segments[s], count = p.segments[s + 1] - begin;
-    for (int64_t j = j0; j < j1; ++j) {
+    for (int64_t j = tile.column; j < tile.column_end; ++j) {
       const A* right = slice<A>(p.right, tile.head * column_slices + j) + begin * W;
-      for (int64_t i = p.triangular ? std::max(i0, j) : i0; i < i1; ++i) {
+      for (int64_t i = p.triangular ? std::max(tile.row, j) : tile.row; i < tile.row_end; ++i) {
         const A* left = slice<A>(p.left, tile.head * row_slices + i) + begin * W;
         const int rows = static_cast<int>(std::min<int64_t>(W, p.rows - i * W));
         const int columns = static_cast<int>(std::min<int64_t>(W, p.columns - j * W));
         for (int r = 0; r < rows; r += kRows<A>) {
           const int used = p.triangular && i == j ? std::min(columns, r + kRows<A>) : columns;
-          A* to = block(i, j) + r * W;
+          A* to = sums.block(i, j) + r * W;
           if (used > 2 * kLanes<A>)
             micro_tile<3>(left + r, right, count, p.square, to);
           else if (used > kLanes<A>)
@@ -170,71 +124,32 @@ void multiply(const PanelProduct& p, int64_t task) {
       }
     }
   }
-  const bool whole = p.splits == 1;
-  A* const factor = whole ? static_cast<A*>(p.factor) + tile.head * p.head_stride
-                          : static_cast<A*>(p.partial) +
-                                (tile.split * p.heads + tile.head) * p.rows * p.columns;
-  const int64_t stride = whole ? p.row_stride : p.columns;
-  const A alpha = static_cast<A>(whole ? p.alpha : 1), beta = static_cast<A>(whole ? p.beta : 0);
-  for (int64_t row = i0 * W; row < std::min(i1 * W, p.rows); ++row) {
-    for (int64_t j = j0; j < j1; ++j) {
-      const A* from = block(row / W, j) + row % W * W;
-      A* to = factor + row * stride + j * W;
-      int64_t count = std::min<int64_t>(W, p.columns - j * W);
-      if (p.triangular) count = std::min(count, row + 1 - j * W);
-      for (int64_t c = 0; c < count; ++c)
-        to[c] = beta == 0 ? alpha * from[c] : beta * to[c] + alpha * from[c];
-    }
+  sums.write(p);
+}
+
+template <class A>
+void pack(const Activations& x, const TokenList& list, Panel panel, bool, int64_t begin,
+          int64_t end) {
+  switch (x.dtype) {
+    case DType::float64:
+      if constexpr (sizeof(A) == 8) pack_rows<double, A>(x, list, panel, begin, end);
+      return;
+    case DType::float32: return pack_rows<float, A>(x, list, panel, begin, end);
+    case DType::bfloat16: return pack_rows<bfloat16, A>(x, list, panel, begin, end);
+    case DType::float16: return pack_rows<float16, A>(x, list, panel, begin, end);
   }
 }
 
 template <class A>
-void add_splits_of(const PanelProduct& p, int64_t begin, int64_t end) {
-  const A alpha = static_cast<A>(p.alpha), beta = static_cast<A>(p.beta);
-  for (int64_t index = begin; index < end; ++index) {
-    const int64_t head = index / p.rows, row = index % p.rows;
-    const A* from = static_cast<const A*>(p.partial) + index * p.columns;
-    A* to = static_cast<A*>(p.factor) + head * p.head_stride + row * p.row_stride;
-    const int64_t count = p.triangular ? row + 1 : p.columns;
-    for (int64_t c = 0; c < count; ++c) {
-      A sum = from[c];
-      for (int64_t s = 1; s < p.splits; ++s) sum += from[s * p.heads * p.rows * p.columns + c];
-      to[c] = beta == 0 ? alpha * sum : beta * to[c] + alpha * sum;
-    }
-  }
-}
+constexpr PanelKernels kKernels = {
+    kSlice<A>,      kSegment<A>,          1, sizeof(A), true, &pack<A>, &tile_count<kSlice<A>>,
+    &multiply_tile<A>, &add_splits<A>};
 
 }  // namespace
 
-int64_t slice_width(bool wide) { return wide ? kSlice<double> : kSlice<float>; }
-int64_t segment_length(bool wide) { return wide ? kSegment<double> : kSegment<float>; }
-
-void pack(const Activations& x, const TokenList& list, bool wide, Panel panel, int64_t begin,
-          int64_t end) {
-  switch (x.dtype) {
-    case DType::float64: return pack_rows<double, double>(x, list, panel, begin, end);
-    case DType::float32:
-      return wide ? pack_rows<float, double>(x, list, panel, begin, end)
-                  : pack_rows<float, float>(x, list, panel, begin, end);
-    case DType::bfloat16:
-      return wide ? pack_rows<bfloat16, double>(x, list, panel, begin, end)
-                  : pack_rows<bfloat16, float>(x, list, panel, begin, end);
-    case DType::float16:
-      return wide ? pack_rows<float16, double>(x, list, panel, begin, end)
-                  : pack_rows<float16, float>(x, list, panel, begin, end);
-  }
-}
-
-int64_t tile_count(const PanelProduct& p, bool wide) {
-  return p.heads * (wide ? tiles_per_head<double>(p) : tiles_per_head<float>(p));
-}
-
-void multiply_tile(const PanelProduct& p, bool wide, int64_t task) {
-  wide ? multiply<double>(p, task) : multiply<float>(p, task);
-}
-
-void add_splits(const PanelProduct& p, bool wide, int64_t begin, int64_t end) {
-  wide ? add_splits_of<double>(p, begin, end) : add_splits_of<float>(p, begin, end);
+const PanelKernels& panel_kernels(bool wide) {
+  if (wide) return kKernels<double>;
+  return kKernels<float>;
 }
 
 }  // namespace FISHERKERN_ISA

@@ -38,25 +38,36 @@ struct PanelProduct {
   double alpha, beta;
 };
 
-// In the accumulation type of `wide` (double) or not (float):
-#define FISHERKERN_DECLARE_PANELS(ISA)                                                            \
-  namespace ISA {                                                                                 \
-  /* columns of a slice, and tokens that fit the first-level cache with it */                     \
-  int64_t slice_width(bool wide);                                                                 \
-  int64_t segment_length(bool wide);                                                              \
-  /* the tokens [begin, end) of the list, all heads */                                            \
-  void pack(const Activations&, const TokenList&, bool wide, Panel, int64_t begin, int64_t end);  \
-  int64_t tile_count(const PanelProduct&, bool wide);                                             \
-  /* task = tile * splits + split */                                                              \
-  void multiply_tile(const PanelProduct&, bool wide, int64_t task);                               \
-  /* the rows [begin, end) of all heads, splits in order */                                       \
-  void add_splits(const PanelProduct&, bool wide, int64_t begin, int64_t end);                    \
+// The kernels of one arithmetic, and how its panels look.
+struct PanelKernels {
+  int64_t slice_width;    // columns of a slice
+  int64_t segment;        // tokens that are best multiplied in one go
+  int64_t token_block;    // tokens of a panel come in multiples of this, the last filled with zeros
+  int64_t element_bytes;  // of a panel
+  bool sides_alike;       // a panel may serve as left and as right one
+  // the tokens [begin, end) of the list, all heads; begin is a multiple of token_block
+  void (*pack)(const Activations&, const TokenList&, Panel, bool left, int64_t begin, int64_t end);
+  int64_t (*tile_count)(const PanelProduct&);
+  void (*multiply_tile)(const PanelProduct&, int64_t task);  // task = tile * splits + split
+  // the rows [begin, end) of all heads, splits in order
+  void (*add_splits)(const PanelProduct&, int64_t begin, int64_t end);
+};
+
+#define FISHERKERN_DECLARE_PANELS(ISA)      \
+  namespace ISA {                           \
+  const PanelKernels& panel_kernels(bool wide); /* double, or float */ \
   }
 
 FISHERKERN_DECLARE_PANELS(baseline)
 #if defined(FISHERKERN_X86)
 FISHERKERN_DECLARE_PANELS(avx2)
 FISHERKERN_DECLARE_PANELS(avx512)
+#endif
+#if defined(FISHERKERN_AMX)
+namespace amx {
+// bfloat16 without weights, summed in float.
+const PanelKernels& panel_kernels();
+}  // namespace amx
 #endif
 
 }  // namespace fisherkern

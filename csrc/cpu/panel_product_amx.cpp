@@ -1,0 +1,132 @@
+// Products of bfloat16 panels on the matrix units of recent Xeons: exact products, float sums.
+//
+// The unit multiplies a [16 rows][16 pairs] by a [16 pairs][16 columns] tile, where a pair holds the
+// same column of two tokens in 32 bits. A block of 32 tokens is 16 pairs, and a slice 32 columns:
+//
+//   right panel  [slice][block][16 pairs][32 columns]
+//   left panel   [slice][block][32 columns][16 pairs]
+#include <immintrin.h>
+
+#include "panel_product.h"
+#include "panel_tiles.h"
+
+namespace fisherkern {
+namespace FISHERKERN_ISA {
+namespace {
+
+constexpr int W = 32;
+constexpr int64_t kBlock = 32, kPairs = kBlock / 2;
+// The unit adds tokens one after the other: the sums of a segment are flushed to bound their error.
+constexpr int64_t kSegment = 512;
+constexpr uint16_t kOne = 0x3f80;
+
+uint32_t* block_of(Panel panel, int64_t slice, int64_t token) {
+  return static_cast<uint32_t*>(panel.data) + (slice * panel.capacity + token) * W / 2;
+}
+
+// 32 columns of one token, zeros past the last.
+__m512i load_columns(const uint16_t* from, int64_t count) {
+  const uint32_t mask = count >= W ? ~0u : (1u << std::max<int64_t>(count, 0)) - 1;
+  return _mm512_maskz_loadu_epi16(mask, from);
+}
+
+void pack(const Activations& x, const TokenList& list, Panel panel, bool left, int64_t begin,
+          int64_t end) {
+  const int64_t slices = slices_of(x.width(), W);
+  alignas(64) uint32_t pairs[kPairs][W];
+  for (int64_t block = begin; block < end; block += kBlock) {
+    for (int64_t s = 0; s < x.heads * slices; ++s) {
+      const int64_t column = s % slices * W, bias = x.bias ? x.columns - column : -1;
+      auto row = [&](int64_t t) {
+        if (t >= end) return _mm512_setzero_si512();
+        const int64_t position = list.position[t];
+        const auto* from = static_cast<const uint16_t*>(x.data) +
+                           position / x.tokens * x.batch_stride +
+                           position % x.tokens * x.token_stride + s / slices * x.head_stride;
+        __m512i values = load_columns(from + column, x.columns - column);
+        if (bias >= 0 && bias < W) values = _mm512_mask_set1_epi16(values, 1u << bias, kOne);
+        return values;
+      };
+      uint32_t* to = block_of(panel, s, block);
+      uint32_t(*rows)[W] = left ? pairs : reinterpret_cast<uint32_t(*)[W]>(to);
+      for (int64_t p = 0; p < kPairs; ++p) {
+        const __m512i even = row(block + 2 * p), odd = row(block + 2 * p + 1);
+        auto widened = [](__m512i v, int half) {
+          return _mm512_cvtepu16_epi32(half ? _mm512_extracti64x4_epi64(v, 1)
+                                            : _mm512_castsi512_si256(v));
+        };
+        for (int half = 0; half < 2; ++half)
+          _mm512_storeu_si512(rows[p] + 16 * half,
+                              _mm512_or_si512(widened(even, half),
+                                              _mm512_slli_epi32(widened(odd, half), 16)));
+      }
+      if (left)
+        for (int c = 0; c < W; ++c)
+          for (int64_t p = 0; p < kPairs; ++p) to[c * kPairs + p] = pairs[p][c];
+    }
+  }
+}
+
+struct alignas(64) TileConfiguration {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// sums [W][W] += the product of `blocks` blocks of tokens
+void micro_tile(const uint32_t* left, const uint32_t* right, int64_t blocks, float* sums) {
+  constexpr int64_t kHalf = 16, kStride = W * sizeof(uint32_t), kLeft = kPairs * sizeof(uint32_t);
+  alignas(64) float product[W][W];
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t b = 0; b < blocks; ++b) {
+    _tile_loadd(4, left, kLeft);
+    _tile_loadd(5, left + kHalf * kPairs, kLeft);
+    _tile_loadd(6, right, kStride);
+    _tile_loadd(7, right + kHalf, kStride);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+    left += W * kPairs;
+    right += W * kPairs;
+  }
+  _tile_stored(0, product[0], kStride);
+  _tile_stored(1, product[0] + kHalf, kStride);
+  _tile_stored(2, product[kHalf], kStride);
+  _tile_stored(3, product[kHalf] + kHalf, kStride);
+  for (int i = 0; i < W * W; i += kLanes<float>)
+    store(sums + i, load(sums + i) + load(product[0] + i));
+}
+
+void multiply_tile(const PanelProduct& p, int64_t task) {
+  const Tile tile = tile_at<W>(p, task);
+  const int64_t row_slices = slices_of(p.rows, W), column_slices = slices_of(p.columns, W);
+  const TileSums<float, W> sums(tile);
+  const TileConfiguration configuration;
+  _tile_loadconfig(&configuration);
+  const int64_t last = (tile.split + 1) * p.segment_count / p.splits;
+  for (int64_t s = tile.split * p.segment_count / p.splits; s < last; ++s) {
+    const int64_t begin = p.segments[s], blocks = slices_of(p.segments[s + 1] - begin, kBlock);
+    for (int64_t j = tile.column; j < tile.column_end; ++j) {
+      const uint32_t* right = block_of(p.right, tile.head * column_slices + j, begin);
+      for (int64_t i = p.triangular ? std::max(tile.row, j) : tile.row; i < tile.row_end; ++i)
+        micro_tile(block_of(p.left, tile.head * row_slices + i, begin), right, blocks,
+                   sums.block(i, j));
+    }
+  }
+  _tile_release();
+  sums.write(p);
+}
+
+constexpr PanelKernels kKernels = {W,     kSegment, kBlock,          sizeof(uint16_t),  false,
+                                   &pack, &tile_count<W>, &multiply_tile, &add_splits<float>};
+
+}  // namespace
+
+const PanelKernels& panel_kernels() { return kKernels; }
+
+}  // namespace FISHERKERN_ISA
+}  // namespace fisherkern
