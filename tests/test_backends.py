@@ -135,6 +135,24 @@ def test_processor_capability_can_be_lowered() -> None:
     assert "FISHERKERN_CPU_CAPABILITY is 'sse9'" in wrong.stderr
 
 
+@pytest.mark.parametrize("name", ["baseline", "avx2", "avx512", "amx"])
+def test_every_processor_capability_multiplies(name: str) -> None:
+    """Those that this CPU has: a lower one is used where it lacks the one asked for."""
+    if backends.extension()[0] is None:
+        pytest.skip("the C++ extension is not built here")
+    code = (
+        "import torch, fisherkern as fk\n"
+        "x = torch.randn(700, 131, generator=torch.Generator().manual_seed(0))\n"
+        "for dtype in (torch.float32, torch.bfloat16, torch.float16):\n"
+        "    y = x.to(dtype)\n"
+        "    truth = y.double().T @ y.double() / 700\n"
+        "    print(((fk.covariance(y) - truth).norm() / truth.norm()).item())\n"
+    )
+    errors = [float(line) for line in python(code, FISHERKERN_CPU_CAPABILITY=name).stdout.split()]
+    assert len(errors) == 3
+    assert max(errors) < 1e-6
+
+
 def test_ops_of_the_extension_are_those_of_the_convention() -> None:
     if backends.extension()[0] is None:
         pytest.skip("the C++ extension is not built here")
@@ -150,3 +168,15 @@ def test_ops_of_the_extension_are_those_of_the_convention() -> None:
         if schema.name.startswith("fisherkern_native::")
     }
     assert schemas == {name: list(inspect.signature(f).parameters) for name, f in public.items()}
+
+
+def test_a_family_without_kernels_is_named() -> None:
+    """`cuda` has no covariance kernels: it says so where it was asked for, and is passed over."""
+    reason = backends.reason_against("cuda", "cuda", torch.float32, "covariance")
+    assert reason == "cuda has no covariance kernels"
+    assert backends.select("cuda", torch.float64, "covariance") == "reference"
+    with (
+        fk.backend("cuda"),
+        pytest.raises(fk.BackendUnavailableError, match="cuda has no covariance kernels"),
+    ):
+        fk.covariance(torch.zeros(2, 2))
