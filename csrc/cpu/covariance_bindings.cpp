@@ -145,7 +145,7 @@ void update(const Activations& left, const Activations& right, const Tokens& tok
     });
     product.segments = segments.data();
     product.segment_count = static_cast<int64_t>(segments.size()) - 1;
-    // few tiles: the tokens are shared out too, by the shape alone
+    // few tiles: the tokens are shared out too, whatever the number of threads
     product.splits =
         std::clamp<int64_t>(kTasks / tiles, 1, std::max<int64_t>(product.segment_count / 4, 1));
     std::unique_ptr<char[]> partial;

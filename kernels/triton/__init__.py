@@ -3,7 +3,6 @@
 Importing this needs triton but no GPU, and leaves CUDA alone.
 """
 
-from fisherkern.kernels._covariance_config import triangular_pays
 from fisherkern.kernels.covariance import covariance_update
 from fisherkern.kernels.cross_covariance import cross_update
 from fisherkern.kernels.mirror import mirror
@@ -43,5 +42,4 @@ __all__ = [
     "softmax_fisher_stats",
     "softmax_fisher_stats_backward",
     "softmax_fisher_trace",
-    "triangular_pays",
 ]

@@ -158,11 +158,6 @@ ADD_ROWS = 8
 ADD_BLOCK = 128
 ADD_WARPS = 4
 
-# Least d from which half the work outweighs cuBLAS's faster loop. Taken from published figures for
-# triangular products in Triton (slower than cuBLAS below 1 to 2 thousand columns on an A100, and
-# further up on Hopper); not yet measured here.
-TRIANGULAR_WIDTH = {"sm_80": 2048, "sm_90": 4096, "interpreter": 1}
-
 
 def arithmetic_of(dtype: torch.dtype, weighted: bool, squares: bool, precision: str) -> str:
     """The arithmetic of these operands."""
@@ -211,8 +206,3 @@ def sum_splits(total: int, tokens: int, blocks: int, device: torch.device) -> tu
     """Splits of `total` tokens or samples and how many are in each, for a sum of columns."""
     programs = SPLITS[architecture(device)].programs * SUM_PROGRAMS_FACTOR
     return _shared_out(total, min(programs // blocks, tokens // SUM_TOKENS_PER_SPLIT), 1)
-
-
-def triangular_pays(x: Tensor) -> bool:
-    """Whether the lower triangle of x [..., d] beats a whole matrix product on this device."""
-    return x.shape[-1] >= TRIANGULAR_WIDTH[architecture(x.device)]

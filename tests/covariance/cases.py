@@ -123,7 +123,7 @@ SYMMETRIC = [op for op in OPS if op.symmetric]
 def kernels_of(backend: str) -> None:
     """Skip where a back end has no kernels of this family."""
     if backend in NO_KERNELS:
-        pytest.skip(f"{backend} has no covariance kernels yet")
+        pytest.skip(f"{backend} has no covariance kernels (that it says so is tested)")
 
 
 def some_tokens(op: Op, seed: int = 1) -> Tensor:
@@ -142,10 +142,6 @@ def some_weights(op: Op, dtype: torch.dtype, seed: int = 1) -> Tensor:
 
 
 def bound(truth: Tensor, count: int, dtype: torch.dtype) -> float:
-    """Relative error that plain products of `count` rows in the accumulation dtype may have.
-
-    Products are rounded once and added in chains of at most `count`: a tenth of the worst case,
-    which random signs never come near, and a few roundings of the result.
-    """
+    """Relative error allowed: a few roundings, and a tenth of the walk of `count` random ones."""
     epsilon = EPSILON[reference.accumulation_dtype(dtype)]
     return epsilon * (4 + 0.1 * count**0.5)

@@ -109,7 +109,7 @@ def test_reruns_give_the_same_bits(backend: str, op: Op) -> None:
     assert torch.equal(op.new(*inputs, weights=w), op.new(*inputs, weights=w))
 
 
-@pytest.mark.skipif(SLOW, reason="there are no threads where cases are slow")
+@pytest.mark.skipif(SLOW, reason="the interpreter and the emulation have no threads")
 @pytest.mark.parametrize("d", [40, 400])
 def test_threads_do_not_change_the_bits(backend: str, d: int) -> None:
     x = torch.randn(2000, d, generator=cases.generator(0)).to(DEVICE)
@@ -143,6 +143,12 @@ def test_only_the_lower_triangle_is_read_and_written(backend: str, op: Op) -> No
     whole = op.update(poisoned.clone(), *inputs, **options)
     assert torch.equal(whole, whole.mT)
     assert torch.equal(fk.mirror_(lower), whole)
+    for beta in (0.0, 0.9):
+        options["ema_decay"] = beta
+        empty = [x[:0] for x in inputs]
+        decayed = op.update(poisoned.clone(), *empty, mirror=False, **options)
+        assert decayed[upper].isnan().all()
+        assert torch.equal(decayed[~upper], beta * start[~upper])
 
 
 @pytest.mark.parametrize("op", UPDATES, **IDS)

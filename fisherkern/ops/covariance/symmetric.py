@@ -46,7 +46,9 @@ def _update(
     heads = factor.ndim == 3
     check_disjoint(factor, {"x": x}, name="factor")
     if x.numel() == 0:
-        factor.mul_(beta) if beta else factor.zero_()
+        lower = torch.ones_like(factor, dtype=torch.bool).tril()
+        # a beta of zero does not let a NaN through
+        factor.copy_(torch.where(lower, beta * factor if beta else 0.0, factor))
     else:
         lead = x.ndim - 1 - heads
         (rows,) = token_rows(lead, x if heads else x.unsqueeze(-2))
