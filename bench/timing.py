@@ -1,7 +1,9 @@
 """Medians of interleaved repeats: perf_counter on the CPU, replays of CUDA graphs on a GPU.
 
-Every round times each provider once, in rotating order, so that a slow moment of the machine hits
-all of them; ratios are taken within a round. Every call gets the next of several sets of buffers
+Every round times each provider once, so that a slow moment of the machine hits all of them; ratios
+are taken within a round. The order is shuffled anew each time, from a fixed seed: dirty lines that
+a call leaves in the caches cost whoever comes next, and in a cycle that is always the same one.
+Every call gets the next of several sets of buffers
 that together exceed the last-level cache, so that no call finds its inputs there.
 """
 
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -211,11 +214,11 @@ def interleaved(
     sampler = _CudaSampler if device == "cuda" else _CpuSampler
     samplers = [sampler(x, sets) for x in timed]
     seconds: dict[str, list[float]] = {x.provider.name: [] for x in timed}
+    order = random.Random(0)
     start = time.perf_counter()
     for repeat in range(repeats):
         if repeat >= _LEAST_ROUNDS and time.perf_counter() - start > budget:
             break
-        shift = repeat % max(len(timed), 1)
-        for i in (*range(shift, len(timed)), *range(shift)):
+        for i in order.sample(range(len(timed)), len(timed)):
             seconds[timed[i].provider.name].append(samplers[i].sample())
     return seconds

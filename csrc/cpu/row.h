@@ -1,6 +1,6 @@
 // The one pass over the logits of a row that all kernels of this family share.
 //
-//   r        reference: the largest logit of the first block, close to that of the row
+//   r        reference: the largest logit of the first step, close to that of the row
 //   m        largest logit of the row, at position `star` (the first of ties)
 //   e_j      exp((z_j - r) / tau)
 //   s'       sum of e_j without the star
@@ -23,6 +23,14 @@ namespace FISHERKERN_ISA {
 // Partial sums are flushed to double this often, which bounds the error of a long row. It is also
 // the unit in which sampling looks for its class.
 constexpr int64_t kBlock = 2048;
+
+// The powers of so many classes are taken while their maximum is looked for, as if it were none of the
+// row; where it is one, the few times that happens, they are taken again. Looking first would read the
+// logits in bursts, and memory rests in between.
+constexpr int64_t kStep = 256;
+
+// Classes of the logits to ask for in advance.
+constexpr int64_t kLogitsAhead = 3 * kStep;
 
 template <class T>
 inline T* row(const SoftmaxFisher& f, Rows rows, int64_t token) {
@@ -165,8 +173,7 @@ constexpr double kHeadroom = 25;
 // Stores the e_j to `e` unless that is null. Accumulator 0 of N is s'; term(i, count, e_j, d, sums)
 // adds to the others, d = z - r. The mass of each block, star included, goes to `block_mass` unless
 // that is null. meanwhile(i, count) is called once for all classes, before their e is overwritten:
-// memory traffic of another kind hides behind the arithmetic. For the same reason the next block of
-// logits is asked for while one is worked on.
+// memory traffic of another kind hides behind the arithmetic.
 template <int N, class T, class Term, class Meanwhile = Nothing>
 RowSums<Acc<T>, N> exponentials(const T* z, int64_t classes, const Exponential<Acc<T>>& exponential,
                                 Acc<T>* e, double* block_mass, Term&& term,
@@ -175,8 +182,8 @@ RowSums<Acc<T>, N> exponentials(const T* z, int64_t classes, const Exponential<A
   const A lowest = -std::numeric_limits<A>::infinity();
   RowSums<A, N> row{};
   row.reference = lowest;
-  for (int64_t begin = 0; begin < classes && row.reference == lowest; begin += kBlock)
-    row.reference = maximum_of(z, begin, std::min(begin + kBlock, classes));
+  for (int64_t begin = 0; begin < classes && row.reference == lowest; begin += kStep)
+    row.reference = maximum_of(z, begin, std::min(begin + kStep, classes));
   if (from_maximum) row.reference = maximum_of(z, 0, classes);
   const A reference = row.reference;
   if (!(std::abs(reference) < -lowest)) {  // nothing but -inf and NaN, or +inf
@@ -189,17 +196,20 @@ RowSums<Acc<T>, N> exponentials(const T* z, int64_t classes, const Exponential<A
   const A ceiling = reference + static_cast<A>(kHeadroom * exponential.temperature);
 
   Vec<A> sums[N] = {};
+  Vec<A> tops;
   auto powers = [&](int64_t i, auto count) {
-    const Vec<A> d = load_lanes(z + i, count, lowest) - reference;
+    const Vec<A> zi = load_lanes(z + i, count, lowest);
+    const Vec<A> d = zi - reference;
     const Vec<A> ej = exponential(d);
     if (e) store_lanes(e + i, ej, count);
     sums[0] += ej;
     term(i, count, ej, d, sums);
+    return zi;
   };
   auto new_powers = [&](int64_t i, auto count) {
-    __builtin_prefetch(z + i + kBlock, 0, 3);
+    __builtin_prefetch(z + i + kLogitsAhead, 0, 3);
     meanwhile(i, count);
-    powers(i, count);
+    tops = maximum(powers(i, count), tops);
   };
   auto flush = [&] {
     const double mass = horizontal_sum(sums[0]);
@@ -211,38 +221,38 @@ RowSums<Acc<T>, N> exponentials(const T* z, int64_t classes, const Exponential<A
 
   row.star = -1;
   row.max = lowest;
-  for (int64_t begin = 0; begin < classes; begin += kBlock) {
-    const int64_t end = std::min(begin + kBlock, classes);
-    const A top = maximum_of(z, begin, end);
-    double mass = 0;
+  double mass = 0;
+  for (int64_t begin = 0; begin < classes; begin += kStep) {
+    const int64_t end = std::min(begin + kStep, classes);
+    Vec<A> sums_before[N];
+    std::copy(sums, sums + N, sums_before);
+    tops = broadcast(lowest);
+    for_lanes<A>(begin, end, new_powers);
+    const A top = horizontal_maximum(tops);
     if (top > row.max) {
       if (!(top <= ceiling) && !from_maximum) {
-        for_lanes<A>(begin, classes, meanwhile);
+        for_lanes<A>(end, classes, meanwhile);
         return exponentials<N>(z, classes, exponential, e, block_mass, term, Nothing{}, true);
       }
+      std::copy(sums_before, sums_before + N, sums);
       // the star so far is an ordinary class from now on
       if (row.star >= 0) {
+        mass += flush();
         powers(row.star, int64_t{1});
         flush();  // its own block has counted that mass
       }
       row.max = top;
       row.star = position_of(top, z, begin, end);
       row.star_power = exponential(broadcast<A>(top - reference))[0];
-      meanwhile(row.star, int64_t{1});
       if (e) e[row.star] = row.star_power;
-      mass = row.star_power;
-      // the lanes around the star on their own: those after it keep their alignment
-      const int64_t lanes = begin + (row.star - begin) / kLanes<A> * kLanes<A>;
-      const int64_t after = std::min(lanes + kLanes<A>, end);
-      for_lanes<A>(begin, lanes, new_powers);
-      if (lanes < row.star) new_powers(lanes, row.star - lanes);
-      if (row.star + 1 < after) new_powers(row.star + 1, after - row.star - 1);
-      for_lanes<A>(after, end, new_powers);
-    } else {
-      for_lanes<A>(begin, end, new_powers);
+      mass += row.star_power;
+      for_lanes<A>(begin, row.star, powers);
+      for_lanes<A>(row.star + 1, end, powers);
     }
+    if (end % kBlock != 0 && end != classes) continue;
     mass += flush();
     if (block_mass) block_mass[begin / kBlock] = mass;
+    mass = 0;
   }
   if (!(row.max < -lowest)) row.value[0] = std::numeric_limits<double>::quiet_NaN();
   return row;

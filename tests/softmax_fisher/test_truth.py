@@ -39,6 +39,40 @@ def test_error_within_twice_that_of_pytorch(
         assert found <= allowed
 
 
+def _rising_rows() -> torch.Tensor:
+    """Rows on which a running maximum is wrong again and again, or for long."""
+    V = 300 if SLOW else 5000
+    noise = cases.logits((5, V), torch.float32, 0.5).cpu()
+    climb = torch.linspace(0, 1, V)
+    noise[0] += 12 * climb  # a new maximum in every stretch
+    noise[1] += 300 * climb  # far above what came first
+    noise[2, : V // 2] = -torch.inf
+    noise[3, -1] = 40.0  # overflows the powers of what came first
+    noise[4] = climb.round()  # ties
+    return noise
+
+
+@pytest.mark.parametrize("op", OPS, **IDS)
+def test_maximum_that_comes_late(backend: str, op: Op) -> None:
+    z = _rising_rows().to(DEVICE)
+    operands = op.make(z, cases.generator(5))
+    truths = cases.tensors(op.truth(z, *operands))
+    plain = cases.plain(op, z, *operands)
+    results = cases.tensors(op.call(z, *operands))
+    for result, ordinary, truth in zip(results, plain, truths, strict=True):
+        assert cases.error(result, truth) <= cases.budget(result, ordinary, truth)
+
+
+def test_labels_where_the_maximum_comes_late(backend: str) -> None:
+    z = _rising_rows().to(DEVICE)
+    for seed in range(8):
+        drawn = torch.Generator(device=DEVICE).manual_seed(seed)
+        labels = fk.softmax_fisher_sample(z, drawn).labels
+        with serving("reference"):
+            drawn.manual_seed(seed)
+            assert torch.equal(labels, fk.softmax_fisher_sample(z, drawn).labels)
+
+
 def test_float64_on_a_gpu_back_end_is_refused_with_its_reason() -> None:
     with fk.backend("triton"), pytest.raises(fk.BackendUnavailableError, match="no float64"):
         fk.softmax_fisher_trace(torch.zeros(2, 3, dtype=torch.float64))
