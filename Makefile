@@ -15,6 +15,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 export MAX_JOBS ?= $(JOBS)
 PYTEST := $(BIN)/python -m pytest -q
+# what runs on every back end
+OP_TESTS := tests/softmax_fisher tests/covariance tests/operators
 
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py')
 
@@ -63,13 +65,13 @@ types: $(VENV)/dev ## mypy
 	$(BIN)/mypy --explicit-package-bases setup.py csrc/build.py
 
 test-cpu: $(VENV)/dev ## Reference and C++ back ends, bench, demo, packaging
-	@$(PYTEST) -n $(JOBS)
+	@$(PYTEST) -n $(JOBS) --dist worksteal
 
 test-triton: $(VENV)/dev ## Triton kernels in the interpreter, on the same op tests
-	@TRITON_INTERPRET=1 FISHERKERN_TEST_BACKENDS=triton $(PYTEST) -n $(JOBS) tests/softmax_fisher tests/covariance
+	@TRITON_INTERPRET=1 FISHERKERN_TEST_BACKENDS=triton $(PYTEST) -n $(JOBS) --dist worksteal $(OP_TESTS)
 
 test-cuda: $(VENV)/dev ## CUDA sources emulated on the host, on the same op tests
-	@FISHERKERN_TEST_BACKENDS=emulated $(PYTEST) -n $(JOBS) tests/softmax_fisher
+	@FISHERKERN_TEST_BACKENDS=emulated $(PYTEST) -n $(JOBS) --dist worksteal $(OP_TESTS)
 
 test-docs: $(VENV)/dev ## Doctests of code and prose, and the docs build
 	@$(PYTEST) --doctest-modules --doctest-glob='*.md' --ignore=docs/_build fisherkern README.md docs

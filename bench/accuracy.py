@@ -101,14 +101,23 @@ def token_mean(truth: Callable[..., Tensor]) -> Callable[[Tensors, Tensors], flo
     return error
 
 
-def matrix(truth: Callable[..., Tensor]) -> Callable[[Tensors, Tensors], float]:
-    """Error of an op with a matrix as its result: :func:`worst_row` against ``truth(*inputs)``."""
+def worst_column(output: Tensor, truth: Tensor) -> float:
+    """Largest over columns of the relative error in 2-norm: of solutions of a linear system."""
+    truth = truth.double()
+    tiny = torch.finfo(torch.float64).tiny
+    return float(((output.double() - truth).norm(dim=0) / truth.norm(dim=0).clamp_min(tiny)).max())
+
+
+def matrix(
+    truth: Callable[..., Tensor], measure: Callable[[Tensor, Tensor], float] = worst_row
+) -> Callable[[Tensors, Tensors], float]:
+    """Error of an op with a matrix as its result: `measure` of it and ``truth(*inputs)``."""
     # everybody who computes a case is compared with one truth, which may take longer than they do
     exact = functools.lru_cache(maxsize=1)(truth)
 
     def error(inputs: Tensors, outputs: Tensors) -> float:
         right = exact(*inputs)
         (output,) = outputs
-        return worst_row(checked("output", output, tuple(right.shape)), right)
+        return measure(checked("output", output, tuple(right.shape)), right)
 
     return error

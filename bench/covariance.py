@@ -133,6 +133,18 @@ def curvlinops(factor: Tensor, x: Tensor, mask: Tensor, bias: bool = False) -> T
     return factor.mul_(DECAY).add_(cov, alpha=_NEW)
 
 
+def cublas(factor: Tensor, x: Tensor, mask: Tensor, bias: bool = False) -> Tensor:
+    """A masked copy, a whole product into float32; then the average. Nothing waits for the GPU."""
+    rows = x * mask[:, None]
+    if bias:
+        rows = torch.cat([rows, mask[:, None].to(rows.dtype)], -1)
+    if x.dtype == torch.float32:
+        cov = torch.mm(rows.t(), rows)
+    else:
+        cov = torch.mm(rows.t(), rows, out_dtype=torch.float32)
+    return factor.mul_(DECAY).addcmul_(cov, _NEW / mask.sum())
+
+
 def _with_bias(formula: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def call(factor: Tensor, x: Tensor, mask: Tensor) -> Tensor:
         return formula(factor, x, mask, bias=True)
@@ -213,6 +225,7 @@ def _average(name: str, bias: bool) -> Op:
         in_place=True,
         plain_name="kfac-pytorch",
         formulas={"kronfluence": formula(kronfluence), "curvlinops": formula(curvlinops)},
+        peers={"cublas": lambda: formula(cublas)},
         plain_synchronizes=True,
         ceiling="gemm",
     )
@@ -264,12 +277,23 @@ FAMILY = register(
             Bar("kfac-pytorch", "least", 1.5, ops=("update",), dtypes=("float32",)),
             Bar("kfac-pytorch", "geometric mean", 1.7, ops=("update",), dtypes=("float32",)),
             Bar("kfac-pytorch", "least", 10.0, ops=("update",), dtypes=("bfloat16",)),
+            Bar(
+                "cublas",
+                "least",
+                1.3,
+                ops=("update",),
+                dtypes=("bfloat16",),
+                device="cuda",
+                from_size=("d", 4096),
+            ),
+            Bar("cublas", "least", 0.98, ops=("update",), device="cuda"),
         ),
         memory=Allowance("64 MiB", lambda shape, threads: 64 << 20),
         warm_up=lambda shape: (256, 256),
         sweeps=((512, 1024), (4096, 1024), (16384, 1024), (4096, 256), (4096, 2048)),
         # in float64, as the truth: slower than everybody else together
         reference=False,
+        automatic=True,
         budget=30.0,
         patience=8.0,
     )

@@ -21,7 +21,7 @@ $run -m fisherkern.info | tee "$OUT/info.txt"
 
 status=0
 FISHERKERN_TEST_DEVICE=cuda FISHERKERN_TEST_BACKENDS=triton,cuda,reference \
-  $run -m pytest -q --maxfail=40 -n 4 tests/softmax_fisher tests/covariance 2>&1 | tee "$OUT/tests.log" || status=1
+  $run -m pytest -q --maxfail=40 -n 4 tests/softmax_fisher tests/covariance tests/operators 2>&1 | tee "$OUT/tests.log" || status=1
 if command -v compute-sanitizer >/dev/null; then
   FISHERKERN_TEST_DEVICE=cuda FISHERKERN_TEST_BACKENDS=triton,cuda \
     compute-sanitizer --error-exitcode 9 $run -m pytest -q tests/softmax_fisher/test_truth.py \

@@ -12,7 +12,7 @@ from torch import Tensor
 import fisherkern
 from fisherkern.bench.registry import Case, Family, Provider, Tensors
 
-PEERS = ("liger", "quack")
+PEERS = ("liger", "quack", "cublas")
 
 
 def _fused(case: Case, inputs: Tensors, out: Tensor | None) -> Callable[..., Any]:
@@ -43,6 +43,11 @@ def _compile(name: str, case: Case, inputs: Tensors, out: Tensor | None) -> Call
 
 def _peer(name: str, case: Case, inputs: Tensors, out: Tensor | None) -> Callable[..., Any]:
     return case.op.peers[name]()
+
+
+def _yardstick(name: str, case: Case, inputs: Tensors, out: Tensor | None) -> Callable[..., Any]:
+    work = case.op.yardsticks[name](case)
+    return lambda *_: work()
 
 
 def back_ends(device: str, dtype: torch.dtype) -> list[str]:
@@ -81,6 +86,8 @@ def _formulas(family: Family) -> list[Provider]:
 def providers(family: Family, device: str, dtype: torch.dtype) -> list[Provider]:
     """Everybody who may compute an op of this family, ours first."""
     found: list[Provider] = []
+    if device == "cuda" and family.automatic:
+        found.append(Provider("automatic", "ours", _fused))
     for name in back_ends(device, dtype):
         kind = "reference" if name == "reference" else "ours"
         # the reference computes some of its terms in float64
@@ -102,12 +109,17 @@ def providers(family: Family, device: str, dtype: torch.dtype) -> list[Provider]
             )
         )
     found += _formulas(family)
+    yardsticks = dict.fromkeys(name for op in family.ops for name in op.yardsticks)
+    found += [
+        Provider(name, "yardstick", partial(_yardstick, name), temporaries=2.0)
+        for name in yardsticks
+    ]
     if device == "cuda":
         found += [Provider(name, "peer", partial(_peer, name), temporaries=1.0) for name in PEERS]
     return found
 
 
 def best(found: list[Provider]) -> list[str]:
-    """The providers that the bars are for: the fused back end served by default, and its out=."""
+    """The providers that the bars are for: what is served by default, and its out=."""
     names = [p.name for p in found if p.kind == "ours" and not p.uses_out]
     return [names[0], f"{names[0]} out="] if names else []

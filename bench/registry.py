@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -53,8 +54,14 @@ class Op:
     """What others than `plain_name` write in PyTorch, on any device."""
     peers: Mapping[str, Callable[[], Callable[..., Any]]] = field(default_factory=dict)
     """Named peers on CUDA: a loader that raises ImportError where the package is missing."""
+    yardsticks: Mapping[str, Callable[[Case], Callable[[], Any]]] = field(default_factory=dict)
+    """Work that is timed beside the op and has no result that could be checked."""
     plain_synchronizes: bool = False
     """Whether naive formulas wait for the GPU, and so cannot be captured in a CUDA graph."""
+    synchronizes: bool = False
+    """The same of the fused call."""
+    widens: bool = False
+    """Whether results of half-precision inputs are float32: errors are then judged in float32."""
     ceiling: str = "copy"
     """What bounds it: "copy" (bandwidth) or "gemm" (matrix rate)."""
     target: float | None = None
@@ -69,7 +76,7 @@ class Op:
 
 @dataclass(frozen=True)
 class Bar:
-    """How many times faster than a peer the fused back end must be, on the CPU."""
+    """How many times faster than a peer the fused back end must be."""
 
     peer: str
     summary: str
@@ -79,15 +86,24 @@ class Bar:
     """Empty: all that were measured."""
     dtypes: tuple[str, ...] = ()
     """Empty: all that were measured."""
+    device: str = "cpu"
+    from_size: tuple[str, int] | None = None
+    """A dimension and its least size that counts."""
 
     @property
     def name(self) -> str:
         """``least over cases, vs eager``."""
         summary = "least over cases" if self.summary == "least" else self.summary
-        return ", ".join([summary, f"vs {self.peer}", *self.dtypes])
+        sizes = [f"{self.from_size[0]} ≥ {self.from_size[1]}"] if self.from_size else []
+        return ", ".join([summary, f"vs {self.peer}", *self.dtypes, *sizes])
 
-    def covers(self, op: str, dtype: str) -> bool:
-        """Whether a case counts."""
+    def covers(self, op: str, dtype: str, case: str) -> bool:
+        """Whether a case (its label) counts."""
+        if self.from_size is not None:
+            dimension, least = self.from_size
+            sizes = dict(re.findall(r"([A-Za-z]+)(\d+)", case))
+            if int(sizes[dimension]) < least:
+                return False
         return op in (self.ops or (op,)) and dtype in (self.dtypes or (dtype,))
 
 
@@ -98,6 +114,22 @@ class Allowance:
     name: str
     nbytes: Callable[[Shape, int], int]
     """Shape and number of threads → bytes."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """How much of a peer's figure the fused back end may have in each case, on the CPU."""
+
+    figure: str
+    """A column of results: "extra_bytes" or "max_error"."""
+    peer: str
+    value: float
+
+    @property
+    def name(self) -> str:
+        """``largest extra memory over that of eager``."""
+        what = {"extra_bytes": "extra memory", "max_error": "error"}[self.figure]
+        return f"largest {what} over that of {self.peer}"
 
 
 @dataclass(frozen=True)
@@ -116,11 +148,14 @@ class Family:
     memory: Allowance
     warm_up: Callable[[Shape], Shape]
     """Shape of the call before memory is measured: starts every thread, leaves hardly a scratch."""
+    shares: tuple[Share, ...] = ()
     sweeps: tuple[Shape, ...] = ()
     """Shapes of the memory plot."""
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     reference: bool = True
     """Whether the back end "reference" is run without being asked for."""
+    automatic: bool = False
+    """Whether the shape has a say in the back end on CUDA: the choice is then a provider too."""
     budget: float = math.inf
     """Seconds of timing per case after which no round begins; three rounds there are always."""
     patience: float = math.inf
@@ -155,6 +190,11 @@ class Case:
         return str(self.dtype).removeprefix("torch.")
 
     @property
+    def accuracy_dtype(self) -> torch.dtype:
+        """The dtype whose roundings a result may have."""
+        return torch.promote_types(self.dtype, torch.float32) if self.op.widens else self.dtype
+
+    @property
     def key(self) -> str:
         """Op, shape and dtype as text."""
         return f"{self.op.name} {self.label} {self.dtype_name}"
@@ -171,7 +211,10 @@ class Provider:
 
     name: str
     kind: str
-    """ "ours", "reference" (the back end of last resort), "eager", "compile" or "peer"."""
+    """ "ours", "reference" (the back end of last resort), "eager", "compile", "peer", "yardstick"
+
+    A yardstick has no result: it is timed, but neither checked nor charged for memory.
+    """
     prepare: Callable[[Case, Tensors, Tensor | None], Callable[..., Any]]
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
     uses_out: bool = False
@@ -192,11 +235,13 @@ class Provider:
             return f"{self.formula} has no {case.op.name}"
         if self.kind == "peer" and not self.formula and self.name not in case.op.peers:
             return f"{self.name} has no {case.op.name}"
+        if self.kind == "yardstick" and self.name not in case.op.yardsticks:
+            return f"{self.name} is no yardstick of {case.op.name}"
         return ""
 
 
 _families: dict[str, Family] = {}
-MODULES = ("softmax_fisher", "covariance")
+MODULES = ("softmax_fisher", "covariance", "softmax_operator")
 
 
 def register(family: Family) -> Family:

@@ -45,9 +45,10 @@ def _rate(row: Result) -> str:
 def line(row: Result, ratios: Sequence[Ratio], width: int = _NAME) -> str:
     """A provider of a case; no speed unless its result was right."""
     error = "" if row.max_error is None else f"{row.max_error:.1e}"
+    error = "unchecked" if row.kind == "yardstick" else error
     if row.status != OK:
         bound = "" if row.error_limit is None else f", limit {row.error_limit:.1e}"
-        known = f" (error {error}{bound})" if error else ""
+        known = f" (error {error}{bound})" if row.max_error is not None else ""
         return f"{row.provider:{width}} {row.status}{known}"
     fraction = "" if row.ceiling_fraction is None else f"{row.ceiling_fraction:.0%}"
     extra = "" if row.extra_bytes is None else f"{row.extra_bytes / 2**20:.2f}"
@@ -113,7 +114,7 @@ def bars(verdicts: Sequence[Verdict]) -> list[str]:
     lines = []
     for v in verdicts:
         value = "-" if v.value is None else f"{v.value:.2f}"
-        sign = "<=" if "memory" in v.name else ">="
+        sign = "<=" if v.at_most else ">="
         word = "PASS" if v.passed else "FAIL"
         lines.append(f"{word}  {v.subject:12} {v.name}: {value} ({sign} {v.bar:g}; {v.detail})")
     return lines

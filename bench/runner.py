@@ -53,7 +53,9 @@ class Outcome:
 
 def blank(case: Case, provider: Provider, ceilings: Ceilings | None) -> Result:
     """The row of a case and provider before anything is known."""
-    rate = None if ceilings is None else ceilings.rate(case.op.ceiling, case.dtype_name)
+    # a product whose result is float32 has that rate as its ceiling
+    dtype = str(case.accuracy_dtype).removeprefix("torch.")
+    rate = None if ceilings is None else ceilings.rate(case.op.ceiling, dtype)
     return Result(
         family=case.family.name,
         op=case.op.name,
@@ -193,7 +195,8 @@ def run_case(
     for timed in ready:
         name = timed.provider.name
         rows[name] = _timed(rows[name], seconds[name])
-        rows[name] = with_memory(rows[name], memory_of(case, timed.provider, options.server))
+        if timed.provider.kind != "yardstick":
+            rows[name] = with_memory(rows[name], memory_of(case, timed.provider, options.server))
     if case.device == "cuda":
         torch.cuda.empty_cache()
     return Outcome(list(rows.values()), _ratios(case, ready, seconds))
@@ -207,18 +210,20 @@ def _checked(
     case: Case, provider: Provider, buffers: Buffers, row: Result, yardstick: _Check
 ) -> tuple[Result, Timed | None]:
     """The row with its error, and the call if its result was right."""
-    allowed: float | None = accuracy.EAGER_LIMIT[case.dtype]
+    if provider.kind == "yardstick":
+        return _unchecked(case, provider, buffers, row)
+    allowed: float | None = accuracy.EAGER_LIMIT[case.accuracy_dtype]
     if provider.kind != "eager":
         # an eager that is wrong has no error to be compared with, and then nobody is timed
         known = yardstick.error
-        allowed = None if known is None else accuracy.limit(case.dtype, known)
+        allowed = None if known is None else accuracy.limit(case.accuracy_dtype, known)
     try:
         with provider.context(), torch.no_grad():
             working = _working(case, buffers)
             call = Timed(
                 provider,
                 provider.prepare(case, working.inputs, working.out),
-                capturable=not (provider.formula and case.op.plain_synchronizes),
+                capturable=not _waits(case, provider),
             )
             check = yardstick if provider.kind == "eager" else _check(call, case, buffers)
     except Exception as exception:
@@ -230,6 +235,28 @@ def _checked(
     status = OK if right else "wrong result" + (f": {check.wrong}" if check.wrong else "")
     row = replace(row, status=status, max_error=check.error, error_limit=allowed)
     return row, call if right else None
+
+
+def _waits(case: Case, provider: Provider) -> bool:
+    """Whether a call waits for the GPU."""
+    if provider.formula:
+        return case.op.plain_synchronizes
+    return case.op.synchronizes and provider.kind in ("ours", "reference")
+
+
+def _unchecked(
+    case: Case, provider: Provider, buffers: Buffers, row: Result
+) -> tuple[Result, Timed | None]:
+    """The row of a yardstick: its call has no result to be right or wrong."""
+    try:
+        with provider.context(), torch.no_grad():
+            call = Timed(provider, provider.prepare(case, buffers.inputs, None))
+            start = time.perf_counter()
+            call(buffers)
+            call.seconds = time.perf_counter() - start
+    except Exception as exception:
+        return replace(row, status=f"failed: {_failure(exception)}"), None
+    return replace(row, status=OK), call
 
 
 def _timed(row: Result, seconds: list[float]) -> Result:
@@ -267,7 +294,8 @@ def with_memory(row: Result, memory: Memory | None) -> Result:
 
 def _ratios(case: Case, ready: list[Timed], seconds: dict[str, list[float]]) -> list[Ratio]:
     subjects = [x.provider for x in ready if x.provider.kind in ("ours", "reference")]
-    peers = [x.provider for x in ready if x.provider.kind in ("eager", "compile", "peer")]
+    others = ("eager", "compile", "peer", "yardstick")
+    peers = [x.provider for x in ready if x.provider.kind in others]
     ratios = []
     for subject in subjects:
         for peer in peers:
@@ -285,7 +313,7 @@ def memory_sweep(
     rows = []
     for case in cases:
         for provider in choose(case):
-            if not provider.refusal(case):
+            if not provider.refusal(case) and provider.kind != "yardstick":
                 memory = memory_of(case, provider, options.server)
                 rows.append(with_memory(blank(case, provider, None), memory))
     return rows

@@ -13,7 +13,7 @@ from fisherkern.bench.results import OK, Ratio, Result
 
 @dataclass(frozen=True)
 class Verdict:
-    """One bar: `value` must be at least `bar` (at most, for memory)."""
+    """One bar: `value` must be at least `bar`, or at most."""
 
     subject: str
     name: str
@@ -21,6 +21,7 @@ class Verdict:
     bar: float
     passed: bool
     detail: str = ""
+    at_most: bool = False
 
 
 def geometric_mean(values: Sequence[float]) -> float:
@@ -46,11 +47,11 @@ def describe(ratio: Ratio) -> str:
 def _speed(
     results: Sequence[Result], ratios: Sequence[Ratio], bar: Bar, subject: str
 ) -> Verdict | None:
-    covered = [r for r in results if bar.covers(r.op, r.dtype)]
+    covered = [r for r in results if bar.covers(r.op, r.dtype, r.case)]
     if all(r.provider != bar.peer for r in covered):
         return None  # it was not asked for
     mine = [r for r in ratios if (r.subject, r.peer) == (subject, bar.peer)]
-    mine = [r for r in mine if bar.covers(r.op, r.dtype)]
+    mine = [r for r in mine if bar.covers(r.op, r.dtype, r.case)]
     if not mine:
         return Verdict(subject, bar.name, None, bar.value, False, "nothing was compared")
     # cases for which the subject has no speed although it was to be measured
@@ -63,10 +64,15 @@ def _speed(
 
 
 def speed(
-    results: Sequence[Result], ratios: Sequence[Ratio], family: Family, subject: str
+    results: Sequence[Result],
+    ratios: Sequence[Ratio],
+    family: Family,
+    subject: str,
+    device: str = "cpu",
 ) -> list[Verdict]:
-    """The bars against peers that took part."""
-    verdicts = (_speed(results, ratios, bar, subject) for bar in family.bars)
+    """The bars of a device against peers that took part."""
+    bars = [bar for bar in family.bars if bar.device == device]
+    verdicts = (_speed(results, ratios, bar, subject) for bar in bars)
     return [verdict for verdict in verdicts if verdict is not None]
 
 
@@ -105,7 +111,27 @@ def memory(results: Sequence[Result], family: Family, subject: str) -> list[Verd
     extra = (row.extra_bytes or 0) / 2**20
     detail = f"most: {row.op} {row.case} {row.dtype}, {extra:.2f} MiB"
     name = f"largest extra memory over its {family.memory.name}"
-    return [Verdict(subject, name, share, 1.0, share <= 1.0, detail)]
+    return [Verdict(subject, name, share, 1.0, share <= 1.0, detail, at_most=True)]
+
+
+def shares(results: Sequence[Result], family: Family, subject: str) -> list[Verdict]:
+    """Extra memory and errors over those of a peer in the same case."""
+    verdicts = []
+    right = {(r.provider, r.op, r.case, r.dtype): r for r in results if r.status == OK}
+    for share in family.shares:
+        found = []
+        for key, row in right.items():
+            peer = right.get((share.peer, *key[1:]))
+            mine, theirs = (getattr(r, share.figure, None) for r in (row, peer))
+            if key[0] == subject and mine is not None and theirs is not None:
+                found.append((mine / theirs if theirs else math.inf, row))
+        if found:
+            worst, row = max(found, key=lambda x: x[0])
+            detail = f"{len(found)} cases; most: {row.op} {row.case} {row.dtype}"
+            verdicts.append(
+                Verdict(subject, share.name, worst, share.value, worst <= share.value, detail, True)
+            )
+    return verdicts
 
 
 def judge(
@@ -115,14 +141,15 @@ def judge(
     subjects: Sequence[str],
     device: str,
 ) -> list[Verdict]:
-    """Every bar for each subject that took part: speed and memory on CPU, bandwidth on CUDA."""
+    """Every bar for each subject that took part: speed; on CPU memory, on CUDA bandwidth."""
     verdicts = []
     for subject in subjects:
         if not any(r.provider == subject for r in results):
             continue
+        verdicts += speed(results, ratios, family, subject, device)
         if device == "cuda":
             verdicts += bandwidth(results, family, subject)
         else:
-            verdicts += speed(results, ratios, family, subject)
             verdicts += memory(results, family, subject)
+            verdicts += shares(results, family, subject)
     return verdicts

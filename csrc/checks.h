@@ -82,4 +82,23 @@ inline SoftmaxFisher problem_of(const Tensor& logits, const std::optional<Tensor
   return f;
 }
 
+inline SoftmaxFisherPanel panel_of(const Tensor& logits, const Tensor& reference,
+                                   const Tensor& unit, const std::optional<Tensor>& scale,
+                                   double temperature, bool transposed, const Tensor& out) {
+  SoftmaxFisherPanel p{};
+  p.rows = problem_of(logits, unit, {}, {}, temperature);
+  const int64_t T = p.rows.batches * p.rows.tokens, V = p.rows.classes;
+  p.reference = flat_of(reference, logits, T, "reference");
+  if (scale) p.scale = flat_of(*scale, logits, V, "scale");
+  STD_TORCH_CHECK(out.dim() == 2 && out.size(0) == (transposed ? V : T) &&
+                      out.size(1) == (transposed ? T : V) &&
+                      out.scalar_type() == unit.scalar_type() &&
+                      (out.stride(1) == 1 || out.size(1) == 1),
+                  "out must be [tokens, classes], or transposed, with a column stride of 1");
+  p.out = out.data_ptr();
+  p.stride = out.stride(0);
+  p.transposed = transposed;
+  return p;
+}
+
 }  // namespace fisherkern

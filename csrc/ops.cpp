@@ -1,5 +1,5 @@
 // Every schema of the compiled back ends. The implementations register themselves per device, in
-// cpu/*_bindings.cpp and cuda/bindings.cpp.
+// cpu/*_bindings.cpp and cuda/*_bindings.cpp.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(fisherkern_native, m) {
@@ -25,11 +25,18 @@ STABLE_TORCH_LIBRARY(fisherkern_native, m) {
         ", Tensor(a!) out) -> ()");
   m.def("softmax_fisher_sample(Tensor logits, Tensor seed, " FISHERKERN_VECTOR
         ", Tensor(a!) labels, Tensor(b!) out) -> ()");
+  m.def("softmax_fisher_panel(Tensor logits, Tensor reference, Tensor unit, Tensor? scale, "
+        "float temperature, bool transposed, Tensor(a!) out) -> ()");
   m.def("covariance_update(Tensor x, Tensor? mask, Tensor? weights, Tensor alpha, float beta, "
         "bool bias, str precision, Tensor(a!) factor) -> ()");
   m.def("cross_update(Tensor x, Tensor g, Tensor? mask, Tensor? weights, Tensor alpha, float beta, "
         "bool bias, str form, str precision, Tensor(a!) factor) -> ()");
   m.def("mirror(Tensor(a!) factor) -> ()");
+  // CUDA alone: the parts of the two updates around products of torch, see ops/_cuda_kernels.py
+  m.def("covariance_pack(Tensor x, Tensor? mask, Tensor? weights, bool bias, bool squares, "
+        "int[] parts, int first_token, Tensor(a!) panel) -> ()");
+  m.def("factor_update(Tensor tile, Tensor alpha, float beta, int first_row, int first_column, "
+        "bool lower, bool squares, Tensor(a!) factor) -> ()");
 #undef FISHERKERN_VECTOR
 #undef FISHERKERN_SCALAR
 }

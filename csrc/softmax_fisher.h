@@ -32,6 +32,17 @@ struct SoftmaxFisher {
   bool past_caches;  // CPU: how to write row results, see cpu/destination.h
 };
 
+// unit_t scale_c exp((z_tc - reference_t) / tau): a factor of the mean Fisher, or a part of one. The
+// units, [T] like the weights of a token, are those of `rows`.
+struct SoftmaxFisherPanel {
+  SoftmaxFisher rows;
+  const void* reference;  // [T]
+  const void* scale;      // [V], or null for ones
+  void* out;              // [T, V], or [V, T] if transposed
+  int64_t stride;         // of its rows
+  bool transposed;
+};
+
 constexpr int64_t kIgnoreIndex = -100;  // the label of a token that has none
 constexpr int64_t kStats = 5;           // logsumexp, entropy, trace, tr F^2, largest probability
 

@@ -28,3 +28,5 @@ napoleon_numpy_docstring = False
 napoleon_custom_sections = [("Returns", "prose")]
 
 nitpicky = True
+# LinAlgError has no page in the inventory of torch
+nitpick_ignore = [("py:exc", "torch.linalg.LinAlgError")]

@@ -3,6 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from fisherkern.backends import BackendUnavailableError, available, backend
+from fisherkern.operators import EmpiricalFisher, SoftmaxFisher
 from fisherkern.ops.covariance import (
     convolution_covariance_update_,
     covariance,
@@ -20,6 +21,7 @@ from fisherkern.ops.softmax_fisher import (
     softmax_fisher_gradient_,
     softmax_fisher_matvec,
     softmax_fisher_mean_probs,
+    softmax_fisher_panel,
     softmax_fisher_quadratic,
     softmax_fisher_sample,
     softmax_fisher_sample_,
@@ -36,6 +38,8 @@ except PackageNotFoundError:  # a source tree that was never installed
 
 __all__ = [
     "BackendUnavailableError",
+    "EmpiricalFisher",
+    "SoftmaxFisher",
     "SoftmaxFisherSample",
     "SoftmaxFisherStats",
     "available",
@@ -51,6 +55,7 @@ __all__ = [
     "softmax_fisher_gradient_",
     "softmax_fisher_matvec",
     "softmax_fisher_mean_probs",
+    "softmax_fisher_panel",
     "softmax_fisher_quadratic",
     "softmax_fisher_sample",
     "softmax_fisher_sample_",

@@ -20,8 +20,6 @@ import torch
 
 ORDER = {"cpu": ("cpp", "reference"), "cuda": ("triton", "cuda", "reference")}
 NAMES = ("triton", "cuda", "cpp", "reference")
-# families of ops that a back end has no kernels for
-_LACKS = {"cuda": ("covariance",)}
 
 _requested: str | None = None
 
@@ -91,15 +89,10 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def reason_against(name: str, device: str, dtype: torch.dtype, family: str = "") -> str:
-    """Why this back end cannot serve tensors of this device type and dtype; "" where it can.
-
-    With a `family` of ops ("softmax_fisher", "covariance") for the ops of that.
-    """
+def reason_against(name: str, device: str, dtype: torch.dtype) -> str:
+    """Why this back end cannot serve tensors of this device type and dtype; "" where it can."""
     if name == "reference":
         return ""
-    if family in _LACKS.get(name, ()):
-        return f"{name} has no {family} kernels"
     if name == "cpp":
         if device != "cpu":
             return f"cpp serves CPU tensors, not {device}"
@@ -118,28 +111,35 @@ def reason_against(name: str, device: str, dtype: torch.dtype, family: str = "")
     return reason
 
 
-def select(device: str, dtype: torch.dtype, family: str = "") -> str:
-    """The name of the back end for a family of ops on tensors of this device type and dtype."""
+def select(device: str, dtype: torch.dtype, preferred: str = "") -> str:
+    """The name of the back end for tensors of this device type and dtype.
+
+    A `preferred` one comes before the others, where none was requested.
+    """
     name = requested()
     if name is not None:
-        reason = reason_against(name, device, dtype, family)
+        reason = reason_against(name, device, dtype)
         if reason:
             raise BackendUnavailableError(f"back end {name!r} was requested but {reason}")
         return name
-    for candidate in ORDER.get(device, ("reference",)):
-        if not reason_against(candidate, device, dtype, family):
+    order = ORDER.get(device, ("reference",))
+    for candidate in (preferred, *order) if preferred else order:
+        if not reason_against(candidate, device, dtype):
             return candidate
     return "reference"
 
 
 def load(name: str) -> Any:
-    """The kernels of a back end that can serve: a module, or the ops of the extension."""
+    """The kernels of a back end that can serve: a namespace of functions."""
     if name == "reference":
         return importlib.import_module("fisherkern.ops._reference_kernels")
     if name == "triton":
         return triton_kernels()[0]
     extension()
-    return torch.ops.fisherkern_native
+    native = torch.ops.fisherkern_native
+    if name == "cuda":
+        return importlib.import_module("fisherkern.ops._cuda_kernels").Kernels(native)
+    return native
 
 
 def available(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[str]:

@@ -168,6 +168,26 @@ def logsumexp(value: object, z: Tensor, dtype: torch.dtype) -> Tensor | None:
     return lse.detach()
 
 
+def token_values(name: str, value: object, z: Tensor, dtype: torch.dtype) -> Tensor:
+    """Numbers [...] over the tokens, in the accumulation dtype, not differentiable."""
+    v = tensor(name, value)
+    if v.dtype != dtype:
+        raise TypeError(f"{name} has dtype {v.dtype}; expected {dtype} for {z.dtype} logits")
+    _per_token(name, v, z)
+    return v.detach()
+
+
+def class_values(name: str, value: object, z: Tensor, dtype: torch.dtype) -> Tensor:
+    """Numbers [V] over the classes, in the accumulation dtype, not differentiable."""
+    v = tensor(name, value)
+    if v.dtype != dtype:
+        raise TypeError(f"{name} has dtype {v.dtype}; expected {dtype} for {z.dtype} logits")
+    device(name, v, z)
+    if v.shape != z.shape[-1:]:
+        raise ValueError(f"{name} has shape {_shape(v)}; expected [{z.shape[-1]}]")
+    return v.detach()
+
+
 def labels(value: object, z: Tensor) -> Tensor:
     """int64 class indices, one per token."""
     y = tensor("labels", value)
@@ -285,3 +305,16 @@ def number(name: str, value: object, least: float, most: float) -> float:
         bounds = f"in [{least}, {most}]" if math.isfinite(least) else "that are finite"
         raise ValueError(f"{name} is {value}; allowed are numbers {bounds}")
     return float(value)
+
+
+def array(name: str, value: object, shape: Sequence[str], dtypes: Sequence[torch.dtype]) -> Tensor:
+    """A tensor of these dtypes; `shape` names its dimensions, those of one name being equal."""
+    x = tensor(name, value)
+    if x.dtype not in dtypes:
+        raise TypeError(f"{name} has dtype {x.dtype}; allowed are {_names(dtypes)}")
+    equal = dict(zip(shape, x.shape, strict=False))
+    if x.ndim != len(shape) or any(
+        equal[n] != size for n, size in zip(shape, x.shape, strict=True)
+    ):
+        raise ValueError(f"{name} has shape {_shape(x)}; expected [{', '.join(shape)}]")
+    return x

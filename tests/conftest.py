@@ -24,6 +24,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import fisherkern
 from fisherkern import backends
+from fisherkern.ops import _cuda_kernels
 
 DEVICE = os.environ.get("FISHERKERN_TEST_DEVICE", "cpu")
 _ASKED = os.environ.get("FISHERKERN_TEST_BACKENDS", "")
@@ -78,7 +79,7 @@ def serving(name: str) -> Iterator[None]:
         pytest.skip(f"the CUDA sources cannot be emulated here: {reason}")
     patch = pytest.MonkeyPatch()
     patch.setattr(backends, "select", lambda *_: "emulated")
-    patch.setattr(backends, "load", lambda name: emulated)
+    patch.setattr(backends, "load", lambda name: _cuda_kernels.Kernels(emulated))
     try:
         yield
     finally:

@@ -10,6 +10,7 @@ import torch
 
 import fisherkern as fk
 from fisherkern import backends, info
+from fisherkern.ops import _covariance_gate
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -158,6 +159,8 @@ def test_ops_of_the_extension_are_those_of_the_convention() -> None:
         pytest.skip("the C++ extension is not built here")
     import inspect
 
+    from cuda_emulation.build import Emulated
+
     from fisherkern.ops import _reference_kernels
 
     functions = inspect.getmembers(_reference_kernels, inspect.isfunction)
@@ -167,16 +170,66 @@ def test_ops_of_the_extension_are_those_of_the_convention() -> None:
         for schema in torch._C._jit_get_all_schemas()
         if schema.name.startswith("fisherkern_native::")
     }
+    # the parts of the covariance updates that CUDA puts together in Python
+    for part in ("covariance_pack", "factor_update"):
+        assert schemas.pop(part) == list(inspect.signature(getattr(Emulated, part)).parameters)[1:]
     assert schemas == {name: list(inspect.signature(f).parameters) for name, f in public.items()}
 
 
-def test_a_family_without_kernels_is_named() -> None:
-    """`cuda` has no covariance kernels: it says so where it was asked for, and is passed over."""
-    reason = backends.reason_against("cuda", "cuda", torch.float32, "covariance")
-    assert reason == "cuda has no covariance kernels"
-    assert backends.select("cuda", torch.float64, "covariance") == "reference"
-    with (
-        fk.backend("cuda"),
-        pytest.raises(fk.BackendUnavailableError, match="cuda has no covariance kernels"),
-    ):
-        fk.covariance(torch.zeros(2, 2))
+@pytest.mark.parametrize(
+    ("capability", "narrow", "wide"),
+    [
+        ((8, 0), 2047, 2048),
+        ((8, 9), 2047, 2048),
+        ((9, 0), 4095, 4096),
+        ((12, 0), 4095, 4096),
+        ((7, 5), 2047, 2048),
+    ],
+)
+def test_width_chooses_for_symmetric_updates(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], narrow: int, wide: int
+) -> None:
+    """Below the gate of the nearest lower architecture cuBLAS multiplies, where it can."""
+
+    class Extension:
+        @staticmethod
+        def build_info() -> dict[str, list[str]]:
+            return {"cuda_architectures": ["sm_90"]}
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(backends, "triton_kernels", lambda: (object(), ""))
+    monkeypatch.setattr(backends, "extension", lambda: (Extension, ""))
+    device = torch.device("cuda")
+
+    def chosen(width: int) -> str:
+        return backends.select("cuda", torch.bfloat16, _covariance_gate.preferred(device, width))
+
+    assert [chosen(width) for width in (1, narrow, wide, 1 << 20)] == ["cuda"] * 2 + ["triton"] * 2
+    assert _covariance_gate.preferred(torch.device("cpu"), 1) == ""
+    with fk.backend("triton"):
+        assert chosen(narrow) == "triton"
+    with fk.backend("cuda"):
+        assert chosen(wide) == "cuda"
+    monkeypatch.setattr(backends, "extension", lambda: (None, "not built"))
+    assert chosen(narrow) == "triton"
+
+
+def test_symmetric_update_asks_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the width of the factor, the bias included."""
+    asked = []
+
+    def preferred(device: torch.device, width: int) -> str:
+        asked.append((device.type, width))
+        return "reference"
+
+    served = []
+    load = backends.load
+    monkeypatch.setattr(_covariance_gate, "preferred", preferred)
+    monkeypatch.setattr(backends, "load", lambda name: served.append(name) or load(name))
+    fk.covariance_update_(
+        torch.zeros(4, 4), torch.ones(2, 3), ema_decay=0.0, bias=True, mirror=False
+    )
+    assert asked == [("cpu", 4)]
+    assert served == ["reference"]
+    fk.cross_covariance(torch.ones(2, 3), torch.ones(2, 3))
+    assert len(asked) == 1

@@ -42,6 +42,9 @@ _FLOATS = {
     "weights_ptr",
     "lse_ptr",
     "alpha_ptr",
+    "reference_ptr",
+    "unit_ptr",
+    "scale_ptr",
 }
 _TYPES = {"mask_ptr": "*i1", "labels_ptr": "*i64", "seed_ptr": "*i64"}
 _TYPES |= dict.fromkeys(_FLOATS, "*fp32")
@@ -78,6 +81,7 @@ _FLOAT_OUTPUT = {
     "statistics_kernel",
     "merge_statistics_kernel",
     "add_splits_kernel",
+    "panel_kernel",
 }
 
 

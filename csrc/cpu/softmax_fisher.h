@@ -23,6 +23,9 @@
   /* the tokens [begin, end) into one row of partial sums [V], all of which is written */          \
   void probabilities_sum(const SoftmaxFisher&, void* partial, int64_t begin, int64_t end);         \
   void diagonal_sum(const SoftmaxFisher&, void* partial, int64_t begin, int64_t end);              \
+  /* the given tokens and classes of a panel */                                                    \
+  void panel(const SoftmaxFisherPanel&, int64_t first_token, int64_t last_token,                   \
+             int64_t first_class, int64_t last_class);                                             \
   /* out[c] += sum over rows of partial[row, c] for the classes [begin, end), rows in order */     \
   void add_partials(const SoftmaxFisher&, const void* partial, int64_t rows, void* out,            \
                     int64_t begin, int64_t end);                                                   \

@@ -168,6 +168,24 @@ void sample(const Tensor& logits, const Tensor& seed, const Optional& weights,
   for_tokens(f, [&](int64_t begin, int64_t end) { kernel(f, key, y, to, begin, end); });
 }
 
+void panel(const Tensor& logits, const Tensor& reference, const Tensor& unit, const Optional& scale,
+           double temperature, bool transposed, Tensor out) {
+  const SoftmaxFisherPanel p =
+      panel_of(logits, reference, unit, scale, temperature, transposed, out);
+  // blocks of tokens and classes that fill whole cache lines of the panel either way
+  constexpr int64_t kTokens = 64, kClasses = 1024;
+  const int64_t T = p.rows.batches * p.rows.tokens, V = p.rows.classes;
+  const int64_t blocks = (V + kClasses - 1) / kClasses;
+  const auto kernel = FISHERKERN_KERNEL(panel);
+  torch::stable::parallel_for(
+      0, (T + kTokens - 1) / kTokens * blocks, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t token = i / blocks * kTokens, first = i % blocks * kClasses;
+          kernel(p, token, std::min(token + kTokens, T), first, std::min(first + kClasses, V));
+        }
+      });
+}
+
 }  // namespace
 }  // namespace fisherkern
 
@@ -185,4 +203,5 @@ STABLE_TORCH_LIBRARY_IMPL(fisherkern_native, CPU, m) {
   m.impl("softmax_fisher_stats_backward", TORCH_BOX(&fisherkern::stats_backward));
   m.impl("softmax_fisher_gradient", TORCH_BOX(&fisherkern::gradient));
   m.impl("softmax_fisher_sample", TORCH_BOX(&fisherkern::sample));
+  m.impl("softmax_fisher_panel", TORCH_BOX(&fisherkern::panel));
 }

@@ -50,4 +50,7 @@ int softmax_fisher_gradient(const SoftmaxFisher& problem, const int64_t* labels,
 int softmax_fisher_sample(const SoftmaxFisher& problem, const int64_t* seed, int64_t* labels,
                           Rows out, void* workspace, void* stream);
 
+// Tiles of logits are read where they lie, in whatever part of a row they are.
+int softmax_fisher_panel(const SoftmaxFisherPanel& panel, void* stream);
+
 }  // namespace fisherkern::cuda

@@ -40,9 +40,10 @@ from torch import Tensor
 from fisherkern import backends
 
 
-def kernels(x: Tensor, family: str = "", dtype: torch.dtype | None = None) -> Any:
-    """The kernels of a family that serve this tensor: a module, or the extension's op namespace.
+def kernels(x: Tensor, dtype: torch.dtype | None = None, preferred: str = "") -> Any:
+    """The kernels that serve this tensor: a namespace of functions.
 
-    A `dtype` stands in for that of x where an op only moves values.
+    A `dtype` stands in for that of x where an op only moves values; `preferred` is the back end to
+    ask first where none was requested.
     """
-    return backends.load(backends.select(x.device.type, dtype or x.dtype, family))
+    return backends.load(backends.select(x.device.type, dtype or x.dtype, preferred))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fisherkern import reference
+from fisherkern.reference import softmax_fisher
 
 
 def _per_token(logits: Tensor, value: Tensor | None) -> Tensor | None:
@@ -125,6 +126,29 @@ def softmax_fisher_mean_probs(
     """Out [V] = Σ w p. The weights come already divided by N."""
     common = _common(logits, weights, logsumexp, temperature)
     out.copy_(reference.softmax_fisher_mean_probs(logits, reduction="sum", **common))
+
+
+def softmax_fisher_panel(
+    logits: Tensor,
+    reference: Tensor,
+    unit: Tensor,
+    scale: Tensor | None,
+    temperature: float,
+    transposed: bool,
+    out: Tensor,
+) -> None:
+    """Out [T, V] or [V, T] = unit · scale · exp((z − reference) / τ)."""
+    lead = logits.shape[:2]
+    # the argument has the name of the module
+    result = softmax_fisher.softmax_fisher_panel(
+        logits,
+        reference.view(lead),
+        unit.view(lead),
+        temperature=temperature,
+        scale=scale,
+        transposed=transposed,
+    )
+    out.copy_(result)
 
 
 def softmax_fisher_trace(

@@ -359,3 +359,19 @@ def softmax_fisher_stats_backward(
     if mask is not None:
         result = torch.where(mask[..., None], result, 0.0)
     return result.to(logits.dtype)
+
+
+def softmax_fisher_panel(
+    logits: Tensor,
+    reference: Tensor,
+    unit: Tensor,
+    *,
+    temperature: float = 1.0,
+    scale: Tensor | None = None,
+    transposed: bool = False,
+) -> Tensor:
+    """U s exp((z − r) / τ) as [T, V], or transposed, with u, r per token and s per class."""
+    e = torch.exp((logits.double() - reference[..., None]) / temperature)
+    panel = torch.where((unit == 0)[..., None], 0.0, unit[..., None] * e)
+    panel = (panel if scale is None else panel * scale).flatten(0, -2)
+    return (panel.mT if transposed else panel).to(accumulation_dtype(logits.dtype))

@@ -15,6 +15,7 @@ from fisherkern.kernels.softmax_fisher_gradients import (
     softmax_fisher_gradient,
     softmax_fisher_sample,
 )
+from fisherkern.kernels.softmax_fisher_panel import softmax_fisher_panel
 from fisherkern.kernels.softmax_fisher_products import (
     softmax_fisher_matvec,
     softmax_fisher_matvec_backward,
@@ -35,6 +36,7 @@ __all__ = [
     "softmax_fisher_matvec",
     "softmax_fisher_matvec_backward",
     "softmax_fisher_mean_probs",
+    "softmax_fisher_panel",
     "softmax_fisher_quadratic",
     "softmax_fisher_sample",
     "softmax_fisher_sqrt_matvec",

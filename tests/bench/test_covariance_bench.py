@@ -144,6 +144,44 @@ def _ratio(value: float, dtype: str, op: str = "update") -> Ratio:
     return Ratio(op, "T256_d33", dtype, "cpp", "kfac-pytorch", value, value, value)
 
 
+def test_gpu_bars_are_for_the_automatic_choice() -> None:
+    """At least 1.3 times cuBLAS where factors are wide, and nowhere slower than 0.98 of it."""
+    found = providers.providers(FAMILY, "cuda", torch.bfloat16)
+    assert providers.best(found)[0] == "automatic"
+    assert "cublas" in {p.name for p in found}
+    assert "cublas" not in {p.name for p in providers.providers(FAMILY, "cpu", torch.bfloat16)}
+
+    def passed(*values: tuple[str, str, float]) -> list[bool]:
+        rows = [
+            replace(
+                runner.blank(_case(dtype=dtype), Provider(name, "ours", lambda *_: None), None),
+                status=OK,
+                case=case,
+            )
+            for name in ("automatic", "cublas")
+            for case, dtype, _ in values
+        ]
+        ratios = [
+            Ratio("update", case, dtype, "automatic", "cublas", value, value, value)
+            for case, dtype, value in values
+        ]
+        return [v.passed for v in verdict.judge(rows, ratios, FAMILY, ["automatic"], "cuda")]
+
+    narrow, wide = "T8192_d1024", "T8192_d4096"
+    assert passed((narrow, "bfloat16", 0.98), (wide, "bfloat16", 1.3)) == [True, True]
+    assert passed((narrow, "bfloat16", 0.97), (wide, "bfloat16", 1.3)) == [True, False]
+    assert passed((narrow, "bfloat16", 1.0), (wide, "bfloat16", 1.29)) == [False, True]
+    assert passed((narrow, "bfloat16", 1.0), (wide, "float32", 1.0)) == [True]
+
+
+@pytest.mark.parametrize("op", ["update", "update_bias"])
+def test_cublas_yardstick_is_right(op: str) -> None:
+    case = _case(op)
+    inputs = case.make_inputs()
+    result = case.op.peers["cublas"]()(*inputs)
+    assert case.op.error(case.make_inputs(), (result,)) < 1e-5
+
+
 def _judged(ratios: Sequence[Ratio], dtypes: Sequence[str], extra: int = 0) -> list[bool]:
     rows = [
         replace(

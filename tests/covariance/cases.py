@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -16,8 +15,6 @@ from fisherkern import reference
 from softmax_fisher.cases import DTYPES, EPSILON, SLACK, agree, error, generator, require
 
 __all__ = ["DTYPES", "EPSILON", "SLACK", "agree", "error", "generator", "require"]
-
-NO_KERNELS = ("cuda", "emulated")
 
 
 @dataclass(frozen=True)
@@ -118,12 +115,6 @@ IDS: dict[str, Any] = {"ids": lambda value: value.id if isinstance(value, Op) el
 # those that update a factor: cross_covariance only makes one
 UPDATES = [op for op in OPS if op.id != "cross"]
 SYMMETRIC = [op for op in OPS if op.symmetric]
-
-
-def kernels_of(backend: str) -> None:
-    """Skip where a back end has no kernels of this family."""
-    if backend in NO_KERNELS:
-        pytest.skip(f"{backend} has no covariance kernels (that it says so is tested)")
 
 
 def some_tokens(op: Op, seed: int = 1) -> Tensor:

@@ -13,11 +13,6 @@ from covariance import cases
 from covariance.cases import IDS, OPS, UPDATES, Op
 
 
-@pytest.fixture(autouse=True)
-def _kernels(request: pytest.FixtureRequest) -> None:
-    cases.kernels_of(request.getfixturevalue("backend"))
-
-
 def refused(op: Op, error: type[Exception], message: str, *inputs: Any, **arguments: Any) -> None:
     """Refused, and the factor is as it was."""
     shape = op.truth(*op.make(torch.float32)).shape

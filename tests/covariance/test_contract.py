@@ -13,11 +13,6 @@ from covariance.cases import IDS, OPS, SYMMETRIC, UPDATES, Op
 F32 = torch.float32
 
 
-@pytest.fixture(autouse=True)
-def _kernels(request: pytest.FixtureRequest) -> None:
-    cases.kernels_of(request.getfixturevalue("backend"))
-
-
 def spoiled(op: Op, inputs: list[torch.Tensor], mask: torch.Tensor, value: float) -> list:
     copies = [x.clone() for x in inputs]
     for x in copies:

@@ -17,12 +17,6 @@ from fisherkern import reference
 from fisherkern.curvature import EMACovariance
 
 
-@pytest.fixture(autouse=True)
-def _kernels(request: pytest.FixtureRequest) -> None:
-    if "backend" in request.fixturenames:
-        cases.kernels_of(request.getfixturevalue("backend"))
-
-
 def batches(*sizes: int, d: int = 6) -> list[Tensor]:
     g = cases.generator(0)
     return [torch.randn(n, d, generator=g).to(DEVICE) for n in sizes]

@@ -15,12 +15,6 @@ from covariance.cases import IDS, OPS, Op
 RAW = torch.ops.fisherkern
 
 
-@pytest.fixture(autouse=True)
-def _kernels(request: pytest.FixtureRequest) -> None:
-    if "backend" in request.fixturenames:
-        cases.kernels_of(request.getfixturevalue("backend"))
-
-
 def raw_arguments(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
     def random(*shape: int) -> Tensor:
         x = torch.randn(shape, generator=cases.generator(len(shape)), dtype=torch.float64)

@@ -12,11 +12,6 @@ from covariance import cases
 from fisherkern import reference
 
 
-@pytest.fixture(autouse=True)
-def _kernels(request: pytest.FixtureRequest) -> None:
-    cases.kernels_of(request.getfixturevalue("backend"))
-
-
 @pytest.mark.parametrize("workspace", [1, 4000, 1 << 24])
 @pytest.mark.parametrize("dims", [1, 2])
 def test_patches_are_those_the_convolution_sees(backend: str, dims: int, workspace: int) -> None:

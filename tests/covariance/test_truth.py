@@ -60,7 +60,6 @@ def check(T: int, d: int, dtype: torch.dtype, which: str, bias: bool, beta: floa
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 @pytest.mark.parametrize("d", WIDTHS)
 def test_error_within_twice_the_plain_one(backend: str, d: int, dtype: torch.dtype) -> None:
-    cases.kernels_of(backend)
     cases.require(backend, dtype)
     for T in TOKENS if d < 500 else TOKENS_OF_WIDE:
         for which in ("all", "mask", "weights"):
@@ -71,7 +70,6 @@ def test_error_within_twice_the_plain_one(backend: str, d: int, dtype: torch.dty
 @pytest.mark.parametrize("dtype", cases.DTYPES[:2])
 @pytest.mark.parametrize(("T", "d"), LARGE)
 def test_error_at_large_shapes(backend: str, T: int, d: int, dtype: torch.dtype) -> None:
-    cases.kernels_of(backend)
     if backend == "reference" and d > 1000:
         pytest.skip("the reference is the truth here, and slow")
     check(T, d, dtype, "mask", False, 0.95)
@@ -81,7 +79,6 @@ def test_error_at_large_shapes(backend: str, T: int, d: int, dtype: torch.dtype)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("op", OPS, **IDS)
 def test_every_op(backend: str, op: Op, reduction: str, dtype: torch.dtype) -> None:
-    cases.kernels_of(backend)
     cases.require(backend, dtype)
     inputs = op.make(dtype)
     for given in ({}, {"mask": cases.some_tokens(op)}, {"weights": cases.some_weights(op, dtype)}):
@@ -94,7 +91,6 @@ def test_every_op(backend: str, op: Op, reduction: str, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("precision", ["tf32", "tf32x3", "ieee"])
 def test_precision_has_a_stated_error(backend: str, precision: str) -> None:
     """TF32 keeps 10 bits of each factor; the others are as good as float32."""
-    cases.kernels_of(backend)
     x = activations(64, 40, torch.float32)
     truth = reference.covariance(x.double())
     error = cases.error(fk.covariance(x, precision=precision), truth)
@@ -103,7 +99,6 @@ def test_precision_has_a_stated_error(backend: str, precision: str) -> None:
 
 @pytest.mark.parametrize("length", [1, 3, 300])
 def test_samples_longer_and_shorter_than_a_segment(backend: str, length: int) -> None:
-    cases.kernels_of(backend)
     x = torch.randn(4, 70 if SLOW and length > 70 else length, 50, generator=cases.generator(0))
     g = torch.randn(*x.shape[:2], 33, generator=cases.generator(1)).to(DEVICE)
     x = x.to(DEVICE)
@@ -115,7 +110,6 @@ def test_samples_longer_and_shorter_than_a_segment(backend: str, length: int) ->
 
 def test_weights_are_not_rounded_into_half_precision(backend: str) -> None:
     """Weights near one that bfloat16 cannot tell from it: rounding w x would lose them."""
-    cases.kernels_of(backend)
     x = activations(64, 40, torch.bfloat16)
     w = 1 + torch.linspace(0, 3e-3, 64, device=DEVICE)
     truth = reference.covariance(x.double(), weights=w.double(), reduction="sum")

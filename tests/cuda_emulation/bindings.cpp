@@ -1,4 +1,5 @@
 // C entry points of the emulated launchers for ctypes, and the controls of the emulation.
+#include "covariance.h"
 #include "cuda_emulation.h"
 #include "softmax_fisher.h"
 
@@ -60,5 +61,21 @@ int softmax_fisher_sample(const SoftmaxFisher* p, const int64_t* seed, int64_t* 
                           void* workspace) {
   return cuda::softmax_fisher_sample(*p, seed, labels, out, workspace, nullptr);
 }
+
+int softmax_fisher_panel(const SoftmaxFisher* p, const float* reference, const float* scale,
+                         float* out, int64_t stride, bool transposed, void*) {
+  return cuda::softmax_fisher_panel({*p, reference, scale, out, stride, transposed}, nullptr);
+}
+
+int covariance_pack(const Activations* x, const cuda::TokenWeights* weights,
+                    const cuda::Panel* panel) {
+  return cuda::covariance_pack(*x, *weights, *panel, nullptr);
+}
+
+int factor_update(const cuda::FactorUpdate* update) {
+  return cuda::factor_update(*update, nullptr);
+}
+
+int mirror(const cuda::Matrices* factor) { return cuda::mirror(*factor, nullptr); }
 
 }  // extern "C"

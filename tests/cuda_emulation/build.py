@@ -1,4 +1,4 @@
-"""Builds csrc/cuda for the host and offers it as a back end: :func:`load` and :class:`Emulated`.
+"""Builds csrc/cuda for the host and offers its ops: :func:`load` and :class:`Emulated`.
 
     kernels, reason = load()          # reason is "" or why there is none
     kernels.softmax_fisher_trace(logits, mask, logsumexp, temperature, out)
@@ -19,6 +19,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -122,6 +123,73 @@ class _Problem(ctypes.Structure):
     )
 
 
+def _structure(name: str, **fields: Any) -> type[ctypes.Structure]:
+    return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
+
+
+_INT, _POINTER, _BOOL = ctypes.c_int64, ctypes.c_void_p, ctypes.c_bool
+_Activations = _structure(
+    "Activations",
+    data=_POINTER,
+    dtype=ctypes.c_int32,
+    tokens=_INT,
+    heads=_INT,
+    columns=_INT,
+    batch_stride=_INT,
+    token_stride=_INT,
+    head_stride=_INT,
+    bias=_BOOL,
+    squares=_BOOL,
+)
+_TokenWeights = _structure(
+    "TokenWeights",
+    weights=_POINTER,
+    mask=_POINTER,
+    head_stride=_INT,
+    batch_stride=_INT,
+    token_stride=_INT,
+)
+_Panel = _structure(
+    "Panel",
+    data=_POINTER,
+    dtype=ctypes.c_int32,
+    parts=ctypes.c_int32,
+    first_token=_INT,
+    tokens=_INT,
+    row=_INT,
+    terms=ctypes.c_uint64,
+)
+_FactorUpdate = _structure(
+    "FactorUpdate",
+    tile=_POINTER,
+    heads=_INT,
+    rows=_INT,
+    columns=_INT,
+    tile_head=_INT,
+    tile_row=_INT,
+    factor=_POINTER,
+    dtype=ctypes.c_int32,
+    factor_head=_INT,
+    factor_row=_INT,
+    first_row=_INT,
+    first_column=_INT,
+    alpha=_POINTER,
+    beta=ctypes.c_double,
+    lower=_BOOL,
+    squares=_BOOL,
+)
+_Matrices = _structure(
+    "Matrices",
+    data=_POINTER,
+    dtype=ctypes.c_int32,
+    heads=_INT,
+    width=_INT,
+    head_stride=_INT,
+    row_stride=_INT,
+    column_stride=_INT,
+)
+
+
 def _rows(x: Tensor) -> _Rows:
     return _Rows(x.data_ptr(), x.stride(0), x.stride(1))
 
@@ -131,7 +199,7 @@ def _pointer(x: Tensor | None) -> ctypes.c_void_p:
 
 
 class Emulated:
-    """The kernels of csrc/cuda on CPU tensors: names and arguments of ``_reference_kernels.py``."""
+    """The kernels of csrc/cuda on CPU tensors: the ops that csrc/ops.cpp declares for CUDA."""
 
     def __init__(self, library: Path) -> None:
         self._library = ctypes.CDLL(str(library))
@@ -244,9 +312,92 @@ class Emulated:
         operands = (_pointer(seed), _pointer(labels), _rows(out))
         self._run("softmax_fisher_sample", logits, temperature, *operands, **per_token)
 
+    def softmax_fisher_panel(
+        self, logits, reference, unit, scale, temperature, transposed, out
+    ) -> None:
+        operands = (
+            _pointer(reference),
+            _pointer(scale),
+            _pointer(out),
+            ctypes.c_int64(out.stride(0)),
+            ctypes.c_bool(transposed),
+        )
+        self._run("softmax_fisher_panel", logits, temperature, *operands, weights=unit)
+
+    def _launch(self, name: str, *structures: ctypes.Structure) -> None:
+        status = getattr(self._library, name)(*map(ctypes.byref, structures))
+        if status:
+            said = self._library.emulation_error().decode() or "refused"
+            raise RuntimeError(f"{name}: {said} (cudaError {status})")
+
+    def covariance_pack(self, x, mask, weights, bias, squares, parts, first_token, panel) -> None:
+        heads, _, length, columns = x.shape
+        assert panel.is_contiguous()
+        assert panel.shape[:2] == (heads, len(parts))
+        head_stride, batch_stride, token_stride, _ = x.stride()
+        given = mask if weights is None else weights
+        strides = (0, 0, 0) if given is None else given.stride()
+        self._launch(
+            "covariance_pack",
+            _Activations(
+                x.data_ptr(),
+                DTYPES[x.dtype],
+                length,
+                heads,
+                columns,
+                batch_stride,
+                token_stride,
+                head_stride,
+                bias,
+                squares,
+            ),
+            _TokenWeights(_pointer(weights), _pointer(mask), *strides),
+            _Panel(
+                panel.data_ptr(),
+                DTYPES[panel.dtype],
+                len(parts),
+                first_token,
+                *panel.shape[2:],
+                sum(part << 2 * k for k, part in enumerate(parts)),
+            ),
+        )
+
+    def factor_update(
+        self, tile, alpha, beta, first_row, first_column, lower, squares, factor
+    ) -> None:
+        assert tile.dtype == torch.float32
+        assert alpha.dtype == factor.dtype
+        assert first_row + tile.shape[1] <= factor.shape[1]
+        assert first_column + tile.shape[2] <= factor.shape[2]
+        assert len(factor) == (1 if squares else len(tile))
+        self._launch(
+            "factor_update",
+            _FactorUpdate(
+                tile.data_ptr(),
+                *tile.shape,
+                *tile.stride()[:2],
+                factor.data_ptr(),
+                DTYPES[factor.dtype],
+                *factor.stride()[:2],
+                first_row,
+                first_column,
+                alpha.data_ptr(),
+                beta,
+                lower,
+                squares,
+            ),
+        )
+
+    def mirror(self, factor) -> None:
+        heads, width, _ = factor.shape
+        matrices = _Matrices(
+            factor.data_ptr(), DTYPES[factor.dtype], heads, width, *factor.stride()
+        )
+        self._launch("mirror", matrices)
+
 
 def load(*, sanitize: bool = False) -> tuple[Emulated | None, str]:
-    """The emulated back end and "", or None and why there is none.
+    """The emulated ops and "", or None and why there are none.
 
     With `sanitize` the process needs libasan preloaded, which `g++ -print-file-name=libasan.so`
     finds, and ASAN_OPTIONS=detect_leaks=0.

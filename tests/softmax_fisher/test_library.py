@@ -57,6 +57,10 @@ def raw_arguments(dtype: torch.dtype) -> dict[str, tuple[Any, dict[str, Tensor]]
         "softmax_fisher_sample.out": ((rows(0), seed, w, None, 1.3), {"out": rows(1)}),
         "checked_weights": ((w, w.dtype), {}),
     }
+    panel = (rows(0), w, w, per_class + 0.5, 1.3)
+    calls["softmax_fisher_panel"] = ((*panel, False), {})
+    out = torch.zeros(V, T, dtype=w.dtype, device=DEVICE)
+    calls["softmax_fisher_panel.out"] = ((*panel, True), {"out": out})
     for name in ("matvec", "sqrt_matvec", "sqrt_rmatvec"):
         product = f"softmax_fisher_{name}"
         calls[product] = ((g, rows(1, True), w, None, 1.3), {})

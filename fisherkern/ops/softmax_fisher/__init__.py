@@ -11,6 +11,7 @@ from fisherkern.ops.softmax_fisher.gradients import (
     softmax_fisher_sample,
     softmax_fisher_sample_,
 )
+from fisherkern.ops.softmax_fisher.panel import softmax_fisher_panel
 from fisherkern.ops.softmax_fisher.products import (
     softmax_fisher_matvec,
     softmax_fisher_sqrt_matvec,
@@ -28,6 +29,7 @@ __all__ = [
     "softmax_fisher_gradient_",
     "softmax_fisher_matvec",
     "softmax_fisher_mean_probs",
+    "softmax_fisher_panel",
     "softmax_fisher_quadratic",
     "softmax_fisher_sample",
     "softmax_fisher_sample_",

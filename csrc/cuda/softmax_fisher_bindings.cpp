@@ -1,44 +1,29 @@
-// The CUDA launchers as implementations of the native ops: workspace and stream come from torch.
-#include <dlfcn.h>
-#include <torch/csrc/stable/accelerator.h>
+// The softmax Fisher launchers as implementations of the native ops: workspace and stream come from
+// torch.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include "../checks.h"
 #include "softmax_fisher.h"
+#include "torch_launch.h"
 
 namespace fisherkern::cuda {
 namespace {
 
 using Optional = std::optional<Tensor>;
 
-// The stable ABI has no call for this before torch 2.12, and linking libtorch_cuda would tie the
-// extension to a CUDA build of torch: the symbol is looked up in the torch that is loaded.
-void* current_stream(int32_t device) {
-  using Getter = int32_t (*)(int32_t, void**);
-  static const auto getter = [] {
-    void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
-    void* symbol = library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr;
-    return reinterpret_cast<Getter>(symbol);
-  }();
-  STD_TORCH_CHECK(getter, "this torch has no CUDA");
-  void* stream = nullptr;
-  STD_TORCH_CHECK(getter(device, &stream) == 0, "no current CUDA stream");
-  return stream;
-}
-
 // Runs launcher(workspace, stream) on the device of the logits and reports what it returns.
 template <class Launcher>
 void run(const Tensor& logits, int64_t workspace_bytes, Launcher&& launcher) {
-  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
-  Tensor memory;
-  void* workspace = nullptr;
-  if (workspace_bytes > 0) {
-    memory = torch::stable::new_empty(logits, {workspace_bytes}, ScalarType::Byte);
-    workspace = memory.data_ptr();
-  }
-  const int error = launcher(workspace, current_stream(logits.get_device_index()));
-  STD_TORCH_CHECK(error == 0, "the CUDA launch failed with error ", error);
+  run_on_stream(logits, [&](void* stream) {
+    Tensor memory;
+    void* workspace = nullptr;
+    if (workspace_bytes > 0) {
+      memory = torch::stable::new_empty(logits, {workspace_bytes}, ScalarType::Byte);
+      workspace = memory.data_ptr();
+    }
+    return launcher(workspace, stream);
+  });
 }
 
 template <class Kernel>
@@ -167,6 +152,12 @@ void sample(const Tensor& logits, const Tensor& seed, const Optional& weights,
   });
 }
 
+void panel(const Tensor& logits, const Tensor& reference, const Tensor& unit, const Optional& scale,
+           double temperature, bool transposed, Tensor out) {
+  const auto p = panel_of(logits, reference, unit, scale, temperature, transposed, out);
+  run_on_stream(logits, [&](void* stream) { return softmax_fisher_panel(p, stream); });
+}
+
 }  // namespace
 }  // namespace fisherkern::cuda
 
@@ -184,4 +175,5 @@ STABLE_TORCH_LIBRARY_IMPL(fisherkern_native, CUDA, m) {
   m.impl("softmax_fisher_stats_backward", TORCH_BOX(&fisherkern::cuda::stats_backward));
   m.impl("softmax_fisher_gradient", TORCH_BOX(&fisherkern::cuda::gradient));
   m.impl("softmax_fisher_sample", TORCH_BOX(&fisherkern::cuda::sample));
+  m.impl("softmax_fisher_panel", TORCH_BOX(&fisherkern::cuda::panel));
 }

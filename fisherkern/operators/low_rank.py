@@ -1,0 +1,107 @@
+"""A diagonal and a low-rank matrix of any origin, D ± U C Uᵀ."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fisherkern import checks
+from fisherkern.operators import _capacitance
+from fisherkern.operators._base import LowRankOperator
+from fisherkern.operators._capacitance import Capacitance
+
+_DTYPES = (torch.float32, torch.float64)
+
+
+class DiagonalPlusLowRank(LowRankOperator):
+    """D + U C Uᵀ with D a diagonal, U [n, r] and C symmetric [r, r], or the identity.
+
+    Args:
+        diagonal: d [n], float32 or float64, not negative.
+        factor: U [n, r], the same dtype.
+        core: C [r, r], symmetric and positive definite, the same dtype; None: the identity.
+        workspace: bytes for panels; None: 32 MiB on the CPU, 512 MiB on a GPU.
+        precision: of the Gram matrix on CUDA, see :func:`fisherkern.covariance_update_`.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value.
+        torch.linalg.LinAlgError: the core is not positive definite.
+
+    Source: Woodbury 1950; Hager 1989, "Updating the inverse of a matrix".
+
+    >>> import torch
+    >>> from fisherkern.operators import DiagonalPlusLowRank
+    >>> A = DiagonalPlusLowRank(torch.ones(3), torch.tensor([[1.0], [0.0], [2.0]]))
+    >>> A.to_dense()
+    tensor([[2., 0., 2.],
+            [0., 1., 0.],
+            [2., 0., 5.]])
+    >>> x = A.solve(torch.tensor([1.0, 0.0, 0.0]), damping=1.0)
+    >>> torch.allclose(A @ x + x, torch.tensor([1.0, 0.0, 0.0]), atol=1e-6)
+    True
+    """
+
+    _sign = 1
+
+    def __init__(
+        self,
+        diagonal: Tensor,
+        factor: Tensor,
+        core: Tensor | None = None,
+        *,
+        workspace: int | None = None,
+        precision: str = "tf32x3",
+    ) -> None:
+        super().__init__(workspace, precision)
+        d = checks.array("diagonal", diagonal, ("n",), _DTYPES)
+        u = checks.array("factor", factor, ("n", "r"), (d.dtype,))
+        checks.device("factor", u, d, "diagonal")
+        if u.shape[0] != d.shape[0]:
+            raise ValueError(
+                f"factor has shape {list(u.shape)}; expected [{d.shape[0]}, r] for a diagonal "
+                f"{list(d.shape)}"
+            )
+        self._diagonal_part = d.detach()
+        self._columns = u.detach()
+        if core is not None:
+            c = checks.array("core", core, ("r", "r"), (d.dtype,))
+            checks.device("core", c, d, "diagonal")
+            if c.shape[0] != u.shape[1]:
+                raise ValueError(
+                    f"core has shape {list(c.shape)}; expected [{u.shape[1]}, {u.shape[1]}] for a "
+                    f"factor {list(u.shape)}"
+                )
+            # U C Uᵀ = (U L)(U L)ᵀ
+            self._columns = self._columns @ torch.linalg.cholesky(c.detach().double()).to(d.dtype)
+
+    @property
+    def rank(self) -> int:
+        """The columns r of U."""
+        return self._columns.shape[1]
+
+    def _fill_panel(
+        self, panel: Tensor, begin: int, end: int, scale: Tensor | None, transposed: bool
+    ) -> None:
+        rows = panel.mT if transposed else panel
+        rows.copy_(self._columns[begin:end])
+        if scale is not None:
+            rows.mul_(scale[begin:end, None])
+
+    def _capacitance(self, gram: Tensor, sums: Tensor, damping: float) -> Capacitance:
+        return _capacitance.of_sum(gram, self._sign)
+
+
+class DiagonalMinusLowRank(DiagonalPlusLowRank):
+    """D − U C Uᵀ; see :class:`DiagonalPlusLowRank` for the arguments.
+
+    A solve needs D + λ − U C Uᵀ to be positive definite, and loses the digits that cancel in
+    1 − Uᵀ (D + λ)⁻¹ U. Of a softmax Fisher :class:`fisherkern.SoftmaxFisher` knows better.
+
+    >>> import torch
+    >>> from fisherkern.operators import DiagonalMinusLowRank
+    >>> p = torch.tensor([0.5, 0.25, 0.25])
+    >>> DiagonalMinusLowRank(p, p[:, None]) @ torch.tensor([1.0, 0.0, 0.0])
+    tensor([ 0.2500, -0.1250, -0.1250])
+    """
+
+    _sign = -1

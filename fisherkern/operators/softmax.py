@@ -1,0 +1,172 @@
+"""The mean Fisher of softmax outputs, D̄ − U Uᵀ, from logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisherkern import checks
+from fisherkern.operators import _capacitance
+from fisherkern.operators._capacitance import Capacitance
+from fisherkern.operators._tokens import TokenOperator
+from fisherkern.ops.softmax_fisher import (
+    softmax_fisher_diagonal,
+    softmax_fisher_mean_probs,
+    softmax_fisher_sample,
+    softmax_fisher_trace,
+)
+
+
+class SoftmaxFisher(TokenOperator):
+    """The Fisher of the logits, averaged over tokens: F̄ = (1 / N) Σ w_t (diag p_t − p_t p_tᵀ) / τ².
+
+    An operator on [V] that is never formed: a diagonal D̄ / τ² less U Uᵀ of one column per token,
+    with U made from the logits, some classes at a time, whenever it is needed. Logits are kept, not
+    copied: they must not be written to while the operator is in use.
+
+    Args:
+        logits: z [..., V]; float32, bfloat16, float16 or float64 (float64: CPU and reference).
+        mask: bool [...]; tokens that are False contribute exactly zero.
+        weights: float [...] >= 0, instead of a mask.
+        temperature: τ > 0; p = softmax(z / τ).
+        logsumexp: logsumexp(z / τ) [...], if at hand.
+        reduction: "mean" divides by N = Σ w (zero where N = 0), "sum" does not.
+        workspace: bytes for panels of U; None: 32 MiB on the CPU, 512 MiB on a GPU. A solve takes
+            it and 20 T² bytes beside inputs and result.
+        precision: of the Gram matrix on CUDA, see :func:`fisherkern.covariance_update_`.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value.
+
+    Source: the Woodbury identity for a diagonal less a low-rank matrix; :doc:`operators` has the
+    form of it that stays accurate for peaked rows and low damping.
+
+    >>> import torch, fisherkern
+    >>> F = fisherkern.SoftmaxFisher(torch.tensor([[0.0, 0.0, 0.0], [0.0, 1.0, 9.0]]))
+    >>> F @ torch.ones(3)
+    tensor([0., 0., 0.])
+    >>> x = F.solve(torch.tensor([1.0, 0.0, 0.0]), damping=0.1)
+    >>> torch.allclose(F @ x + 0.1 * x, torch.tensor([1.0, 0.0, 0.0]), atol=1e-6)
+    True
+    """
+
+    _sign = -1
+
+    def __init__(
+        self,
+        logits: Tensor,
+        *,
+        mask: Tensor | None = None,
+        weights: Tensor | None = None,
+        temperature: float = 1.0,
+        logsumexp: Tensor | None = None,
+        reduction: str = "mean",
+        workspace: int | None = None,
+        precision: str = "tf32x3",
+    ) -> None:
+        super().__init__(logits, temperature, reduction, workspace, precision)
+        self._sum = torch.zeros_like(self._diagonal_part)  # Σ w p
+        self.update(logits, mask=mask, weights=weights, logsumexp=logsumexp)
+
+    def update(
+        self,
+        logits: Tensor,
+        *,
+        mask: Tensor | None = None,
+        weights: Tensor | None = None,
+        logsumexp: Tensor | None = None,
+    ) -> None:
+        """Add the tokens of another batch; see the constructor for the arguments.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value; the
+                operator is as it was.
+        """
+        z, w, lse = self._checked(logits, mask, weights, logsumexp)
+        sums = softmax_fisher_mean_probs(
+            z, temperature=self._temperature, weights=w, logsumexp=lse, reduction="sum"
+        )
+        batch = self._batch(z, w, lse, None)
+        self._sum = self._sum + sums
+        self._add([batch], self._count + self._count_of(z, w))
+        self._diagonal_part = self._sum * (self._factor / self._temperature**2)
+
+    def _take_over(self, shard: SoftmaxFisher) -> None:
+        self._sum = self._sum + shard._sum
+        self._add(shard._batches, self._count + shard._count)
+        self._diagonal_part = self._sum * (self._factor / self._temperature**2)
+
+    def _capacitance(self, gram: Tensor, sums: Tensor, damping: float) -> Capacitance:
+        return _capacitance.of_softmax(gram, self._roots(), damping * sums)
+
+    def _centred(self, x: Tensor) -> Tensor:
+        # F 1 = 0: without the mean under D̄ there is less to cancel
+        total = self._sum.sum()
+        return x - (self._sum @ x) / torch.where(total == 0, 1.0, total)
+
+    def diagonal(self) -> Tensor:
+        """The diagonal Σ w p (1 − p) / (N τ²) [V]."""
+        return self._factor * self._sum_over_batches(softmax_fisher_diagonal)
+
+    def trace(self) -> Tensor:
+        """The trace Σ w Σ p (1 − p) / (N τ²), a scalar."""
+        return self._factor * self._sum_over_batches(softmax_fisher_trace)
+
+    def _sum_over_batches(self, op: Any) -> Tensor:
+        sums = [
+            op(b.logits, weights=b.weights, temperature=self._temperature, reduction="sum")
+            for b in self._batches
+        ]
+        return torch.stack(sums).sum(0)
+
+    def sample(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+        """Gradients of sampled labels, g = (p − e_y) / τ, whose second moment is the operator.
+
+        Tokens are drawn in proportion to their weights, then y ~ p (type-mc).
+
+        Args:
+            count: how many.
+            generator: of the device of the operator.
+
+        Returns:
+            [count, V], E[g gᵀ] = F̄; times √N for a sum.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong type or value, or no token counts.
+        """
+        if checks.integer("count", count) < 0:
+            raise ValueError(f"count is {count}; expected an int >= 0")
+        weights = torch.cat([batch.roots.double().square() for batch in self._batches])
+        if not bool(weights.sum() > 0):
+            raise ValueError("the operator has no token that counts: none can be drawn")
+        drawn = torch.multinomial(weights, count, replacement=True, generator=generator)
+        rows = torch.empty(count, self.shape[0], dtype=self.dtype, device=self.device)
+        first = 0
+        for batch in self._batches:
+            here = (drawn >= first) & (drawn < first + batch.tokens)
+            flat = batch.logits.reshape(batch.tokens, self.shape[0])
+            rows[here] = flat[drawn[here] - first].to(self.dtype)
+            first += batch.tokens
+        gradients = softmax_fisher_sample(rows, generator, temperature=self._temperature).gradients
+        return (
+            gradients * self._count.sqrt().to(self.dtype) if self._reduction == "sum" else gradients
+        )
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> SoftmaxFisher:
+        """An operator of a state that `state_dict` gave.
+
+        Raises:
+            KeyError, TypeError, ValueError: an entry is missing or does not fit.
+        """
+        missing = {"logits", "weights", "temperature", "reduction"} - set(state)
+        if missing:
+            raise KeyError(f"state lacks {', '.join(sorted(missing))}")
+        (z, *logits), (w, *weights) = state["logits"], state["weights"]
+        made = cls(z, weights=w, temperature=state["temperature"], reduction=state["reduction"])
+        for z, w in zip(logits, weights, strict=True):
+            made.update(z, weights=w)
+        return made
