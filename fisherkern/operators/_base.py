@@ -112,7 +112,7 @@ class LowRankOperator(ABC):
             raise ValueError(f"{name} is on {x.device}; expected {self.device}")
         if x.ndim not in (1, 2) or x.shape[0] != n:
             raise ValueError(f"{name} has shape {list(x.shape)}; expected [{n}] or [{n}, k]")
-        return x.detach().reshape(n, -1) if x.ndim == 2 or n else x.detach().reshape(0, 1)
+        return x.detach() if x.ndim == 2 else x.detach()[:, None]
 
     # ---- products --------------------------------------------------------------------------------
 
@@ -226,10 +226,16 @@ class LowRankOperator(ABC):
 
     def _explain_failure(self, gram: Tensor, damping: float) -> None:
         """Raise unless it is a NaN of the inputs, which reaches the results instead."""
-        if bool(gram.tril().isnan().any()):
+        lower = gram.double().tril()
+        if bool(lower.isnan().any()):
             return
+        # Γ shrinks at least as (max D + λ) / (max D + λ') when λ grows to λ'
+        largest = torch.linalg.eigvalsh(lower + lower.tril(-1).mT)[-1]
+        top = self._diagonal_part.max().double()
+        enough = float(largest * (top + damping) - top)
         raise torch.linalg.LinAlgError(
-            f"damping is {damping}, too small: the damped operator is not positive definite"
+            f"damping is {damping:g}, and the damped operator is not positive definite; it is "
+            f"above {enough:g}"
         )
 
     def solve(self, y: Tensor, damping: float) -> Tensor:

@@ -46,10 +46,26 @@ def test_diagonal_and_low_rank(backend: str, kind: type, r: int, with_core: bool
 
 
 def test_indefinite_operator_is_refused(backend: str) -> None:
-    A = DiagonalMinusLowRank(torch.ones(4, device=DEVICE), torch.ones(4, 1, device=DEVICE))
-    with pytest.raises(torch.linalg.LinAlgError, match=r"damping is 1\.0, too small"):
-        A.solve(torch.ones(4, device=DEVICE), 1.0)
-    assert torch.allclose(A.solve(torch.ones(4, device=DEVICE), 4.0), torch.ones(4, device=DEVICE))
+    one = torch.ones(4, device=DEVICE)
+    A = DiagonalMinusLowRank(one, one[:, None])
+    # 1 + λ − 4 on the vector of ones
+    with pytest.raises(torch.linalg.LinAlgError, match=r"damping is 1, .*; it is above 3$"):
+        A.solve(one, 1.0)
+    assert torch.allclose(A.solve(one, 4.0), one)
+    assert torch.allclose(A.solve(one, 3.5), 2 * one, rtol=1e-5)
+    # a diagonal that is not constant: the bound is enough
+    d, u = torch.tensor([0.1, 2.0, 0.5, 1.0], device=DEVICE), torch.rand(4, 2, device=DEVICE) + 1
+    B = DiagonalMinusLowRank(d, u)
+    with pytest.raises(torch.linalg.LinAlgError) as failure:
+        B.solve(one, 0.25)
+    enough = float(str(failure.value).rpartition(" ")[2])
+    assert (
+        error(
+            B @ B.solve(one, 1.01 * enough) + 1.01 * enough * B.solve(one, 1.01 * enough),
+            one.double(),
+        )
+        <= 1e-4
+    )
 
 
 @pytest.mark.parametrize("scale", SCALES)
