@@ -15,7 +15,7 @@ import torch
 
 import fisherkern
 from fisherkern.backends import select
-from fisherkern.demo import comparisons, factors, findings, model, plot, report, text
+from fisherkern.demo import comparisons, factors, findings, model, natural, plot, report, text
 from fisherkern.demo.errors import DemoError
 
 _ALWAYS = ("transformers", "safetensors", "matplotlib", "tqdm")
@@ -88,6 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
         logits = language_model.logits(windows.tokens)
     _compare(logits)
     _accumulate(language_model, windows.tokens)
+    _precondition(language_model, windows.tokens[0])
     _tell(findings.find(windows, logits), language_model, title, folder, arguments.top)
     print(f"\ndone in {time.perf_counter() - began:.0f} s")
 
@@ -141,6 +142,18 @@ def _accumulate(language_model: model.LanguageModel, tokens: torch.Tensor) -> No
     print(report.table(measured.rows, "inputs"))
     print("\n" + report.factor_notes(measured))
     print("\n" + report.spectra(measured.spectra))
+
+
+def _precondition(language_model: model.LanguageModel, tokens: torch.Tensor) -> None:
+    """Print the natural gradients of the head for the first window."""
+    found = natural.measure(language_model.model, tokens)
+    if found is None:
+        return
+    print(
+        f"\nNatural gradient of the head, {found.classes} x {found.width}: (G ⊗ A)⁻¹ ∇ with "
+        f"damping {natural.DAMPING:g}\n"
+    )
+    print(report.natural_gradients(found))
 
 
 def _tell(

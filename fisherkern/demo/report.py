@@ -13,6 +13,7 @@ from fisherkern.demo.factors import DECAY, Factors
 from fisherkern.demo.factors import ERROR_STRIDE as FACTOR_STRIDE
 from fisherkern.demo.findings import Findings, Place
 from fisherkern.demo.measure import memory_method
+from fisherkern.demo.natural import NaturalGradients
 from fisherkern.demo.spectra import Spectra, Spectrum
 
 _MIB = 2**20
@@ -67,6 +68,28 @@ def factor_notes(factors: Factors) -> str:
         "one entry beside √(Aᵢᵢ Aⱼⱼ). PyTorch: β A + (1 − β) x.t() @ (x / N), then\nsymmetrised; "
         "with x.float() first, its bfloat16 row would have the error of the float32 row."
     )
+
+
+def natural_gradients(found: NaturalGradients) -> str:
+    """What the two directions took, and how they lie."""
+    lines = [
+        "| curvature | time | extra memory | residual | cosine with the gradient |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {d.name} | {d.seconds * 1e3:.0f} ms | {d.extra_bytes / 2**20:.0f} MiB | "
+        f"{d.residual:.1e} | {d.along_gradient:+.3f} |"
+        for d in found.directions
+    ]
+    dense = found.classes**2 * 4 / 1e9
+    lines += [
+        "",
+        f"The cosine between the two directions is {found.cosine:+.3f}. G has {found.classes} x "
+        f"{found.classes} elements, {dense:.1f} GB if it were written down, and is a diagonal and "
+        f"one vector for each of {found.tokens} tokens. Memory includes the direction, "
+        f"{found.classes * found.width * 4 / 2**20:.0f} MiB.",
+    ]
+    return "\n".join(lines)
 
 
 def spectra(found: Spectra) -> str:

@@ -88,12 +88,32 @@ class Kronecker:
             torch.linalg.LinAlgError: a damped factor is not positive definite.
         """
         gradient = self._matrix("x", x)
+        left, right = self._dampings(damping, pi)
+        half = _solve(self.left, gradient, left)
+        return _solve(self.right, half.mT.contiguous(), right).mT.contiguous()
+
+    def residual(
+        self, solution: Tensor, x: Tensor, damping: float, pi: float | None = None
+    ) -> Tensor:
+        """‖(G + √λ / π I) S (A + π √λ I) − X‖ / ‖X‖, a scalar: what a solution S achieved.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong type, dtype, shape or value.
+        """
+        left, right = self._dampings(damping, pi)
+        s = self._matrix("solution", solution)
+        half = torch.add(self.left @ s, s, alpha=left).mT.contiguous()
+        whole = torch.add(self.right @ half, half, alpha=right).mT
+        target = self._matrix("x", x)
+        return (whole - target).norm() / target.norm()
+
+    def _dampings(self, damping: float, pi: float | None) -> tuple[float, float]:
+        """Those of the left and the right factor."""
         lam = checks.number("damping", damping, 0.0, float("inf"))
         if lam == 0:
             raise ValueError("damping is 0; allowed are numbers > 0")
         ratio = self.pi() if pi is None else checks.number("pi", pi, 1e-30, float("inf"))
-        left = _solve(self.left, gradient, lam**0.5 / ratio)
-        return _solve(self.right, left.mT.contiguous(), lam**0.5 * ratio).mT.contiguous()
+        return lam**0.5 / ratio, lam**0.5 * ratio
 
 
 def _factor(name: str, value: object) -> Tensor | LowRankOperator:

@@ -53,6 +53,30 @@ def test_determinant_and_diagonals(backend: str, T: int, scale: float | str) -> 
         assert error(F.inverse_diagonal(damping), truth) <= allowed
 
 
+@pytest.mark.parametrize("scale", [0.5, 2.0, 6.0])
+@pytest.mark.parametrize(("V", "k"), [(7, 7), (90, 3)] if SLOW else [(7, 7), (300, 5), (900, 1)])
+def test_largest_eigenvalues(backend: str, V: int, k: int, scale: float) -> None:
+    z = logits(30, V, scale)
+    values, vectors = fk.SoftmaxFisher(z).eigsh(k)
+    dense = softmax_fisher(z)
+    truth = torch.linalg.eigvalsh(dense).flip(0)[:k]
+    # the error of an eigenvalue is at most the residual of its vector
+    assert (values.double() - truth).abs().max() <= 1e-5 * truth[0]
+    gram = vectors.mT.double() @ vectors.double()
+    assert (gram - torch.eye(k, device=DEVICE)).abs().max() <= 1e-5
+    residual = dense @ vectors.double() - vectors.double() * values.double()
+    assert residual.norm(dim=0).max() <= 2e-5 * truth[0]
+
+
+def test_eigenvalues_that_are_out_of_reach() -> None:
+    F = fk.SoftmaxFisher(logits(30, 400, 2.0))
+    with pytest.raises(torch.linalg.LinAlgError, match=r"rounds is 1, .* tolerance is 1e-12"):
+        F.eigsh(5, tolerance=1e-12, rounds=1)
+    for count in (0, 401):
+        with pytest.raises(ValueError, match=f"count is {count}; allowed are 1 to 400"):
+            F.eigsh(count)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_dtypes(backend: str, dtype: torch.dtype) -> None:
     if dtype == torch.float64 and backend not in ("cpp", "reference"):
