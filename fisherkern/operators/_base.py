@@ -44,7 +44,9 @@ class LowRankOperator(ABC):
     """False where D is zero: then λ is divided by in the end, which rounds once and not thrice."""
 
     def __init__(self, workspace: int | None, precision: str) -> None:
-        self._workspace = None if workspace is None else checks.integer("workspace", workspace)
+        if workspace is not None and checks.integer("workspace", workspace) < 1:
+            raise ValueError(f"workspace is {workspace}; allowed are numbers of bytes >= 1")
+        self._workspace = workspace
         self._precision = checks.choice("precision", precision, ("tf32", "tf32x3", "ieee"))
         self._damped: _Damped | None = None
 
