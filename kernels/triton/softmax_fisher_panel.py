@@ -11,7 +11,7 @@ from fisherkern.kernels._config import on_device
 
 # Either side of a tile is whole cache lines.
 TOKENS = 32
-CLASSES = 128
+CLASSES = 64
 WARPS = 4
 
 
