@@ -307,6 +307,14 @@ def number(name: str, value: object, least: float, most: float) -> float:
     return float(value)
 
 
+def damping(value: object) -> float:
+    """A finite number above zero."""
+    lam = number("damping", value, 0.0, math.inf)
+    if lam == 0:
+        raise ValueError("damping is 0; allowed are numbers > 0")
+    return lam
+
+
 def array(name: str, value: object, shape: Sequence[str], dtypes: Sequence[torch.dtype]) -> Tensor:
     """A tensor of these dtypes; `shape` names its dimensions, those of one name being equal."""
     x = tensor(name, value)

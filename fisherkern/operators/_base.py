@@ -229,9 +229,7 @@ class LowRankOperator(ABC):
 
     def _factorised(self, damping: float, block: Tensor) -> tuple[_Damped, Tensor]:
         """What `damping` asks for, and Uᵀ D_λ⁻¹ Y of the block Y, in one pass over U if need be."""
-        lam = checks.number("damping", damping, 0.0, float("inf"))
-        if lam == 0:
-            raise ValueError("damping is 0; allowed are numbers > 0")
+        lam = checks.damping(damping)
         known = self._damped if self._damped and self._damped.damping == lam else None
         inverse = known.inverse if known else 1 / (self._diagonal_part + lam)
         root = inverse.sqrt() if self._has_diagonal else None

@@ -196,7 +196,7 @@ class TokenOperator(LowRankOperator):
         return merged
 
     def state_dict(self) -> dict[str, Any]:
-        """Logits, weights, labels and configuration, for torch.save."""
+        """Logits, weights, labels and configuration of all batches, for torch.save."""
         return {
             "logits": [batch.logits for batch in self._batches],
             "weights": [batch.weights for batch in self._batches],

@@ -15,7 +15,6 @@ from fisherkern.operators._tokens import Batch, TokenOperator
 from fisherkern.ops._values import check_labels
 from fisherkern.reference import IGNORE_INDEX
 
-_NO_LABEL = -1
 # Elements of the panels in which probabilities are added up.
 _OTHERS = 1 << 22
 
@@ -100,7 +99,7 @@ class EmpiricalFisher(TokenOperator):
         check_labels(y, z.shape[-1], self._ignore_index)
         given = y != self._ignore_index
         w = given.to(self.dtype) if w is None else torch.where(given, w, 0.0)
-        y = torch.where(given, y, _NO_LABEL)
+        # a token without a label has a weight of zero, and so has whatever is put at its label
         batch = self._batch(z, w, lse, y)
         batch = batch._replace(others=self._one_minus_p(batch, y))
         self._add([batch], self._count + self._count_of(z, w))
@@ -142,6 +141,10 @@ class EmpiricalFisher(TokenOperator):
     def _capacitance(self, gram: Tensor, sums: Tensor, damping: float) -> Capacitance:
         return _capacitance.of_sum(gram, self._sign)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Logits, labels, weights and configuration, for torch.save."""
+        return {**super().state_dict(), "ignore_index": self._ignore_index}
+
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> EmpiricalFisher:
         """An operator of a state that `state_dict` gave.
@@ -149,13 +152,13 @@ class EmpiricalFisher(TokenOperator):
         Raises:
             KeyError, TypeError, ValueError: an entry is missing or does not fit.
         """
-        missing = {"logits", "labels", "weights", "temperature", "reduction"} - set(state)
+        configuration = ("temperature", "reduction", "ignore_index")
+        missing = {"logits", "labels", "weights", *configuration} - set(state)
         if missing:
             raise KeyError(f"state lacks {', '.join(sorted(missing))}")
         batches = zip(state["logits"], state["labels"], state["weights"], strict=True)
         (z, y, w), *rest = batches
-        common = {name: state[name] for name in ("temperature", "reduction")}
-        made = cls(z, y, weights=w, ignore_index=_NO_LABEL, **common)
+        made = cls(z, y, weights=w, **{name: state[name] for name in configuration})
         for z, y, w in rest:
             made.update(z, y, weights=w)
         return made

@@ -109,9 +109,7 @@ class Kronecker:
 
     def _dampings(self, damping: float, pi: float | None) -> tuple[float, float]:
         """Those of the left and the right factor."""
-        lam = checks.number("damping", damping, 0.0, float("inf"))
-        if lam == 0:
-            raise ValueError("damping is 0; allowed are numbers > 0")
+        lam = checks.damping(damping)
         ratio = self.pi() if pi is None else checks.number("pi", pi, 1e-30, float("inf"))
         return lam**0.5 / ratio, lam**0.5 * ratio
 

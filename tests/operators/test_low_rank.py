@@ -112,12 +112,17 @@ def test_tokens_without_a_label_do_not_count(backend: str) -> None:
     y = torch.randint(30, (9,), generator=cases.generator(1)).to(DEVICE)
     kept = torch.arange(9, device=DEVICE) % 4 != 1
     expected = fk.EmpiricalFisher(z[kept], y[kept])
-    y[~kept] = -100
     z[~kept] = torch.nan
-    F = fk.EmpiricalFisher(z, y)
-    assert F.count == kept.sum()
-    assert error(F @ x, (expected @ x).double()) <= 1e-6
-    assert error(F.solve(x, 1e-3), expected.solve(x, 1e-3).double()) <= 1e-6
+    unused = int(next(c for c in range(30) if c not in y[kept].tolist()))
+    for ignored in (-100, unused):  # the latter is a class, too
+        y[~kept] = ignored
+        F = fk.EmpiricalFisher(z, y, ignore_index=ignored)
+        again = fk.EmpiricalFisher.from_state_dict(F.state_dict())
+        again.update(z[~kept], y[~kept])
+        for operator in (F, again):
+            assert operator.count == kept.sum()
+            assert error(operator @ x, (expected @ x).double()) <= 1e-6
+            assert error(operator.solve(x, 1e-3), expected.solve(x, 1e-3).double()) <= 1e-6
 
 
 def test_empirical_batches_merges_and_state(backend: str) -> None:
