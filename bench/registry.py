@@ -89,6 +89,8 @@ class Bar:
     device: str = "cpu"
     from_size: tuple[str, int] | None = None
     """A dimension and its least size that counts."""
+    uses_out: bool | None = None
+    """Whether it is for calls with an `out`, or for those without; None: for both."""
 
     @property
     def name(self) -> str:
@@ -96,6 +98,10 @@ class Bar:
         summary = "least over cases" if self.summary == "least" else self.summary
         sizes = [f"{self.from_size[0]} ≥ {self.from_size[1]}"] if self.from_size else []
         return ", ".join([summary, f"vs {self.peer}", *self.dtypes, *sizes])
+
+    def binds(self, subject: str) -> bool:
+        """Whether it is a bar for this provider."""
+        return self.uses_out in (None, subject.endswith("out="))
 
     def covers(self, op: str, dtype: str, case: str) -> bool:
         """Whether a case (its label) counts."""

@@ -71,7 +71,7 @@ def speed(
     device: str = "cpu",
 ) -> list[Verdict]:
     """The bars of a device against peers that took part."""
-    bars = [bar for bar in family.bars if bar.device == device]
+    bars = [bar for bar in family.bars if bar.device == device and bar.binds(subject)]
     verdicts = (_speed(results, ratios, bar, subject) for bar in bars)
     return [verdict for verdict in verdicts if verdict is not None]
 

@@ -28,7 +28,7 @@ INSTRUCTION_SETS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
 }
 # sources whose name ends in _amx.cpp: once, for the matrix units
-AMX = [*INSTRUCTION_SETS["avx512"], "-mamx-tile", "-mamx-bf16"]
+AMX = [*INSTRUCTION_SETS["avx512"], "-mamx-tile", "-mamx-bf16", "-mavx512bf16"]
 # GCC 12 warns inside its own AVX-512 headers
 KERNEL_FLAGS = ["-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 # sources of cpu/ without vector code, compiled once

@@ -17,6 +17,8 @@ STABLE_TORCH_LIBRARY(fisherkern_native, m) {
   m.def("softmax_fisher_diagonal(Tensor logits, " FISHERKERN_VECTOR ", Tensor(a!) out) -> ()");
   m.def("softmax_fisher_diagonal_sum(Tensor logits, " FISHERKERN_VECTOR ", Tensor(a!) out) -> ()");
   m.def("softmax_fisher_mean_probs(Tensor logits, " FISHERKERN_VECTOR ", Tensor(a!) out) -> ()");
+  m.def("softmax_fisher_powers(Tensor logits, " FISHERKERN_VECTOR
+        ", Tensor(a!) sums, Tensor(b!)? reference, Tensor(c!)? unit) -> ()");
   m.def("softmax_fisher_trace(Tensor logits, " FISHERKERN_SCALAR ", Tensor(a!) out) -> ()");
   m.def("softmax_fisher_stats(Tensor logits, " FISHERKERN_SCALAR ", Tensor(a!) out) -> ()");
   m.def("softmax_fisher_stats_backward(Tensor logits, Tensor stats, Tensor grad, Tensor? mask, "
@@ -27,6 +29,14 @@ STABLE_TORCH_LIBRARY(fisherkern_native, m) {
         ", Tensor(a!) labels, Tensor(b!) out) -> ()");
   m.def("softmax_fisher_panel(Tensor logits, Tensor reference, Tensor unit, Tensor? scale, "
         "float temperature, bool transposed, Tensor(a!) out) -> ()");
+#define FISHERKERN_FACTOR                                                                     \
+  "Tensor[] logits, Tensor reference, Tensor unit, Tensor? labels, Tensor? at_label, float "   \
+  "temperature, Tensor? scale, "
+  m.def("softmax_fisher_project(" FISHERKERN_FACTOR "Tensor y, bool ones, str precision, "
+        "int workspace, Tensor(a!) out, Tensor(b!)? gram) -> ()");
+  m.def("softmax_fisher_expand(" FISHERKERN_FACTOR "Tensor c, float alpha, Tensor? y, "
+        "Tensor? y_scale, str precision, int workspace, Tensor(a!) out) -> ()");
+#undef FISHERKERN_FACTOR
   m.def("covariance_update(Tensor x, Tensor? mask, Tensor? weights, Tensor alpha, float beta, "
         "bool bias, str precision, Tensor(a!) factor) -> ()");
   m.def("cross_update(Tensor x, Tensor g, Tensor? mask, Tensor? weights, Tensor alpha, float beta, "

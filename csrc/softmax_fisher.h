@@ -32,7 +32,7 @@ struct SoftmaxFisher {
   bool past_caches;  // CPU: how to write row results, see cpu/destination.h
 };
 
-// unit_t scale_c exp((z_tc - reference_t) / tau): a factor of the mean Fisher, or a part of one. The
+// A panel of the factor U of the mean Fisher: unit_t scale_c exp((z_tc - reference_t) / tau). The
 // units, [T] like the weights of a token, are those of `rows`.
 struct SoftmaxFisherPanel {
   SoftmaxFisher rows;
@@ -41,6 +41,9 @@ struct SoftmaxFisherPanel {
   void* out;              // [T, V], or [V, T] if transposed
   int64_t stride;         // of its rows
   bool transposed;
+  // CPU: at_label_t scale_c is the element at the label
+  const int64_t* labels;  // [T], or null
+  const void* at_label;   // [T]
 };
 
 constexpr int64_t kIgnoreIndex = -100;  // the label of a token that has none

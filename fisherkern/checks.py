@@ -8,7 +8,7 @@ inside the ops that need them (:mod:`fisherkern.ops._values`).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -186,6 +186,27 @@ def class_values(name: str, value: object, z: Tensor, dtype: torch.dtype) -> Ten
     if v.shape != z.shape[-1:]:
         raise ValueError(f"{name} has shape {_shape(v)}; expected [{z.shape[-1]}]")
     return v.detach()
+
+
+def class_block(name: str, value: object, z: Tensor, dtype: torch.dtype) -> Tensor:
+    """Columns [V, k] over the classes, in the accumulation dtype, not differentiable."""
+    v = tensor(name, value)
+    if v.dtype != dtype:
+        raise TypeError(f"{name} has dtype {v.dtype}; expected {dtype} for {z.dtype} logits")
+    device(name, v, z)
+    if v.ndim != 2 or v.shape[0] != z.shape[-1]:
+        raise ValueError(f"{name} has shape {_shape(v)}; expected [{z.shape[-1]}, k]")
+    return v.detach()
+
+
+def byte_count(name: str, value: object, default: Mapping[str, int], z: Tensor) -> int:
+    """A number of bytes; None: what is usual on the device of z."""
+    if value is None:
+        return default.get(z.device.type, default["cpu"])
+    count = integer(name, value)
+    if count < 1:
+        raise ValueError(f"{name} is {count}; allowed are numbers of bytes >= 1")
+    return count
 
 
 def labels(value: object, z: Tensor) -> Tensor:

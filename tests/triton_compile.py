@@ -2,7 +2,8 @@
 
 Each kernel module has a tuple ``AOT`` of (kernel, family, constexpr variants) beside its kernels.
 The family is one of `_config.LAUNCHES`, where a constant may be a function of the rule; one of
-`_covariance_config.LAUNCHES`, whose kernels compute tiles of a matrix; or None, where a variant
+`_covariance_config.LAUNCHES`, whose kernels compute tiles of a matrix; one of
+`softmax_fisher_factor.LAUNCHES`, whose kernels multiply blocks of columns; or None, where a variant
 holds every constant and may hold the number of warps. Types follow from the names of arguments, so
 a new argument without a type fails loudly. Needs a process without TRITON_INTERPRET.
 """
@@ -26,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import fisherkern.kernels
-from fisherkern.kernels import _config, _covariance_config
+from fisherkern.kernels import _config, _covariance_config, softmax_fisher_factor
 
 TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32)}
 # Largest shared memory of a block, in bytes.
@@ -45,10 +46,14 @@ _FLOATS = {
     "reference_ptr",
     "unit_ptr",
     "scale_ptr",
+    "at_label_ptr",
+    "y_ptr",
+    "c_ptr",
+    "y_scale_ptr",
 }
 _TYPES = {"mask_ptr": "*i1", "labels_ptr": "*i64", "seed_ptr": "*i64"}
 _TYPES |= dict.fromkeys(_FLOATS, "*fp32")
-_TYPES |= dict.fromkeys(("scale", "scale_low", "beta", "beta_low"), "fp32")
+_TYPES |= dict.fromkeys(("scale", "scale_low", "alpha", "beta", "beta_low"), "fp32")
 _SIZES = {
     "inner",
     "classes",
@@ -72,9 +77,11 @@ _SIZES = {
     "samples_per_split",
     "g_token_inner",
 }
-_STRIDE = re.compile(r"(z|v|g|x|out|factor)_(outer|inner|direction|head|row|column)")
+_STRIDE = re.compile(r"(z|v|g|x|y|c|out|factor)_(outer|inner|direction|head|row|column|split)")
 # Sizes that a launch finds divisible by 16 where the rows are aligned.
 _ROW_LENGTHS = {"classes", "width", "height"}
+# Those of a block of columns beside the logits, which may be aligned where the other is not.
+_BLOCK_LENGTHS = {"width", "y_row", "c_row", "out_row", "out_split"}
 # Kernels whose `out` is not a row of the dtype of the logits.
 _FLOAT_OUTPUT = {
     "quadratic_kernel",
@@ -82,6 +89,8 @@ _FLOAT_OUTPUT = {
     "merge_statistics_kernel",
     "add_splits_kernel",
     "panel_kernel",
+    "project_kernel",
+    "expand_kernel",
 }
 
 
@@ -96,10 +105,12 @@ class Operands(NamedTuple):
     factor: str = "fp32"
     flat: bool = False
     """Tokens lie at one distance from each other: their inner size is 1."""
+    ragged: bool = False
+    """Blocks of columns beside the logits are not aligned, although these are."""
 
     def __str__(self) -> str:
         absent = "".join(f"-no-{name.removesuffix('_ptr')}" for name in self.absent)
-        names = [name for name in ("aligned", "unit", "flat") if getattr(self, name)]
+        names = [name for name in ("aligned", "unit", "flat", "ragged") if getattr(self, name)]
         return f"{'-'.join((self.dtype, *names))}{absent}-factor-{self.factor}"
 
 
@@ -204,6 +215,9 @@ def cases() -> Iterator[Case]:
             if family in _covariance_config.LAUNCHES["sm_90"]:
                 yield from _tile_cases(kernel, family, variants)
                 continue
+            if family in softmax_fisher_factor.LAUNCHES["sm_90"]:
+                yield from _block_cases(kernel, family, variants)
+                continue
             if "alpha_ptr" in kernel.arg_names or "x_ptr" in kernel.arg_names:
                 operands = _SUM_OPERANDS
             else:
@@ -240,6 +254,43 @@ def _tile_cases(kernel: Any, family: str, variants: tuple[dict, ...]) -> Iterato
                 yield Case(kernel, target, operands, {**constants, **variant}, warps, stages)
 
 
+def _block_cases(kernel: Any, family: str, variants: tuple[dict, ...]) -> Iterator[Case]:
+    """Every launch of a kernel that multiplies blocks of columns, with all operands.
+
+    With fewer it takes fewer registers: that it compiles then is seen once per architecture.
+    """
+    everything, *others = variants
+    least = {"COLUMNS": softmax_fisher_factor.LEAST_COLUMNS}
+    for target in TARGETS:
+        for key, rules in softmax_fisher_factor.LAUNCHES[target][family].items():
+            arithmetic, *unaligned = key.split()
+            choices = list(_block_operands(arithmetic, bool(unaligned)))
+            for columns, launch in rules:
+                tile = {"TOKENS": launch.tokens, "CLASSES": launch.classes, "COLUMNS": columns}
+                constants = {"ARITHMETIC": arithmetic, **tile}
+                rest = launch.warps, launch.stages
+                for operands in choices:
+                    yield Case(kernel, target, operands, {**constants, **everything}, *rest)
+                if (columns, launch) == rules[0]:
+                    few = {**constants, **least}
+                    yield Case(kernel, target, choices[0], {**few, **everything}, *rest)
+                    if key == "tf32x3":
+                        yield Case(kernel, target, UNIT, {**few, **everything}, *rest)
+                        for variant in others:
+                            yield Case(kernel, target, choices[0], {**constants, **variant}, *rest)
+
+
+def _block_operands(arithmetic: str, unaligned: bool) -> Iterator[Operands]:
+    """What the host launches with this entry; the wider the loads, the more registers."""
+    if not unaligned:
+        yield Operands("bf16", True, ())
+        # 100 columns are not aligned, whatever the rows of logits are
+        yield Operands("fp32", True, (), ragged=True)
+    if unaligned or arithmetic == "ieee":
+        yield Operands("fp16", False, ())
+        yield Operands("fp32", False, ())
+
+
 def _type(kernel: Any, name: str, operands: Operands) -> str:
     if name in _ROWS:
         floats = name == "out_ptr" and kernel.__name__ in _FLOAT_OUTPUT
@@ -255,13 +306,15 @@ def _is_size(name: str) -> bool:
     return name in _SIZES or bool(_STRIDE.fullmatch(name))
 
 
-def _is_aligned(name: str, kind: str, rows_aligned: bool) -> bool:
+def _is_aligned(name: str, kind: str, operands: Operands) -> bool:
     """Whether a launch would find this argument divisible by 16."""
     if kind.startswith("*"):
         return True
     if name == "classes_per_split":  # whole tiles
         return True
-    return rows_aligned and bool(name in _ROW_LENGTHS or _STRIDE.fullmatch(name))
+    if name in _BLOCK_LENGTHS and operands.ragged:
+        return False
+    return operands.aligned and bool(name in _ROW_LENGTHS or _STRIDE.fullmatch(name))
 
 
 def source(case: Case) -> ASTSource:
@@ -282,7 +335,7 @@ def source(case: Case) -> ASTSource:
     aligned = (
         i
         for i, (name, kind) in enumerate(types.items())
-        if kind != "constexpr" and _is_aligned(name, kind, case.operands.aligned)
+        if kind != "constexpr" and _is_aligned(name, kind, case.operands)
     )
     return ASTSource(
         fn=case.kernel,

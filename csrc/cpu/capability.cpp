@@ -30,7 +30,7 @@ Capability detect() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
 #if defined(FISHERKERN_AMX)
-    if (matrix_units()) return Capability::amx;
+    if (__builtin_cpu_supports("avx512bf16") && matrix_units()) return Capability::amx;
 #endif
     return Capability::avx512;
   }

@@ -4,14 +4,13 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <atomic>
-#include <memory>
 #include <string>
 #include <vector>
 
 #include "../checks.h"
 #include "capability.h"
 #include "panel_product.h"
+#include "panel_tasks.h"
 
 namespace fisherkern {
 namespace {
@@ -19,7 +18,6 @@ namespace {
 using Optional = std::optional<Tensor>;
 
 constexpr int64_t kWorkspaceBytes = 32 << 20;
-constexpr int64_t kTasks = 16;  // at least so many where the tokens allow it
 
 // Of x [batches, tokens, heads, columns], or without heads.
 Activations activations_of(const Tensor& x, const char* name) {
@@ -75,34 +73,24 @@ class Tokens {
   std::vector<double> weight_;
 };
 
-// Runs task(i) for i in [0, count); a thread takes the next as soon as it is free.
-template <class Task>
-void share_out(int64_t count, Task&& task) {
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, count, 1, [&](int64_t, int64_t) {
-    for (int64_t i; (i = next++) < count;) task(i);
-  });
-}
-
 // The arithmetic for these operands.
 const PanelKernels& kernels_for(const Activations& x, const Tokens& tokens,
-                                const PanelProduct& product, bool wide) {
+                                const PanelProduct& product, bool wide,
+                                const std::string& precision) {
 #if defined(FISHERKERN_AMX)
-  if (capability() == Capability::amx && x.dtype == DType::bfloat16 && !wide && !x.squares &&
-      !product.square && !tokens.weighted())
-    return amx::panel_kernels();
+  // the matrix units take whole blocks of tokens, which batches are not
+  if (capability() == Capability::amx && !wide && !product.square) {
+    if (x.dtype == DType::bfloat16 && !x.squares && !tokens.weighted()) return amx::panel_kernels();
+    if (precision != "ieee") return amx::split_panel_kernels();
+  }
 #endif
   return FISHERKERN_KERNEL(panel_kernels)(wide);
 }
 
-int64_t rounded_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
-
 // factor <- beta factor + alpha left^T right over all tokens, panel by panel.
 void update(const Activations& left, const Activations& right, const Tokens& tokens,
-            PanelProduct product, bool wide) {
-  const PanelKernels& kernels = kernels_for(left, tokens, product, wide);
+            PanelProduct product, bool wide, const std::string& precision) {
+  const PanelKernels& kernels = kernels_for(left, tokens, product, wide, precision);
   const int64_t W = kernels.slice_width, segment = kernels.segment;
   // one panel for both sides
   const bool one = product.triangular && !tokens.weighted() && kernels.sides_alike;
@@ -118,12 +106,10 @@ void update(const Activations& left, const Activations& right, const Tokens& tok
   capacity = std::clamp<int64_t>(tokens.size(), 1, capacity);
   capacity = rounded_up(capacity, kernels.token_block);
 
-  const std::unique_ptr<char[]> memory(new char[capacity * token_bytes + 64]);
-  char* const start = memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64) % 64;
-  product.left = {start, capacity};
-  product.right = {one ? start : start + capacity * left_columns * kernels.element_bytes, capacity};
+  const PanelMemory memory(capacity * token_bytes);
+  product.left = product.right = {memory.data(), capacity};
+  if (!one) product.right.data = memory.data() + capacity * left_columns * kernels.element_bytes;
 
-  const int64_t tiles = kernels.tile_count(product);
   int64_t begin = 0, batch = 0;
   do {
     std::vector<int64_t> segments{0};
@@ -133,8 +119,7 @@ void update(const Activations& left, const Activations& right, const Tokens& tok
         if ((end = bounds[batch + 1]) - begin > segments.back()) segments.push_back(end - begin);
     } else {
       end = std::min(begin + capacity, tokens.size());
-      for (int64_t at = begin; at < end; at += segment)
-        segments.push_back(std::min(at + segment, end) - begin);
+      segments = segments_of(end - begin, segment);
     }
     constexpr int64_t kTokens = 64;  // that a thread packs at a time
     share_out((end - begin + kTokens - 1) / kTokens, [&](int64_t i) {
@@ -145,20 +130,7 @@ void update(const Activations& left, const Activations& right, const Tokens& tok
     });
     product.segments = segments.data();
     product.segment_count = static_cast<int64_t>(segments.size()) - 1;
-    // few tiles: the tokens are shared out too, whatever the number of threads
-    product.splits =
-        std::clamp<int64_t>(kTasks / tiles, 1, std::max<int64_t>(product.segment_count / 4, 1));
-    std::unique_ptr<char[]> partial;
-    if (product.splits > 1) {
-      const int64_t elements = product.splits * product.heads * product.rows * product.columns;
-      partial.reset(new char[elements * (wide ? sizeof(double) : sizeof(float))]);
-      product.partial = partial.get();
-    }
-    share_out(tiles * product.splits, [&](int64_t i) { kernels.multiply_tile(product, i); });
-    if (product.splits > 1)
-      torch::stable::parallel_for(
-          0, product.heads * product.rows, 64,
-          [&](int64_t first, int64_t last) { kernels.add_splits(product, first, last); });
+    multiply(kernels, {product}, wide);
     product.beta = 1;
     begin = end;
   } while (begin < tokens.size());
@@ -188,7 +160,8 @@ PanelProduct destination(const Tensor& factor, const Tensor& x, const Tensor& al
 }
 
 void covariance_update(const Tensor& x, const Optional& mask, const Optional& weights,
-                       const Tensor& alpha, double beta, bool bias, std::string, Tensor factor) {
+                       const Tensor& alpha, double beta, bool bias, std::string precision,
+                       Tensor factor) {
   Activations a = activations_of(x, "x");
   a.bias = bias;
   PanelProduct p = destination(factor, x, alpha, beta);
@@ -198,12 +171,12 @@ void covariance_update(const Tensor& x, const Optional& mask, const Optional& we
   p.heads = a.heads;
   p.head_stride = factor.stride(0);
   p.triangular = true;
-  update(a, a, Tokens(x, mask, weights), p, factor.scalar_type() == ScalarType::Double);
+  update(a, a, Tokens(x, mask, weights), p, factor.scalar_type() == ScalarType::Double, precision);
 }
 
 void cross_update(const Tensor& x, const Tensor& g, const Optional& mask, const Optional& weights,
-                  const Tensor& alpha, double beta, bool bias, std::string form, std::string,
-                  Tensor factor) {
+                  const Tensor& alpha, double beta, bool bias, std::string form,
+                  std::string precision, Tensor factor) {
   Activations right = activations_of(x, "x"), left = activations_of(g, "g");
   STD_TORCH_CHECK(x.dim() == 3 && g.dim() == 3 && x.size(0) == g.size(0) &&
                       x.size(1) == g.size(1) && x.scalar_type() == g.scalar_type(),
@@ -216,7 +189,7 @@ void cross_update(const Tensor& x, const Tensor& g, const Optional& mask, const 
   STD_TORCH_CHECK(factor.dim() == 2 && p.rows == left.width() && p.columns == right.width(),
                   "factor must be [columns of g, columns of x]");
   p.square = form == "samples";
-  update(left, right, Tokens(x, mask, weights), p, factor.scalar_type() == ScalarType::Double);
+  update(left, right, Tokens(x, mask, weights), p, factor.scalar_type() == ScalarType::Double, precision);
 }
 
 // Copies the rows [first, last) left of the diagonal onto the columns above it, some columns at a

@@ -50,14 +50,14 @@ void pack_rows(const Activations& x, const TokenList& list, Panel panel, int64_t
   constexpr int64_t kTokens = 16;
   for (int64_t first = begin; first < end; first += kTokens) {
     const int64_t last = std::min(first + kTokens, end);
+    const T* rows[kTokens];
+    for (int64_t t = first; t < last; ++t) rows[t - first] = row_of<T>(x, list[t]);
     for (int64_t s = 0; s < x.heads * slices; ++s) {
       const int64_t column = s % slices * kSlice<A>;
       const int64_t count = std::clamp<int64_t>(x.columns - column, 0, kSlice<A>);
       A* to = slice<A>(panel, s) + first * kSlice<A>;
       for (int64_t t = first; t < last; ++t, to += kSlice<A>) {
-        const int64_t position = list.position[t];
-        const T* from = static_cast<const T*>(x.data) + position / x.tokens * x.batch_stride +
-                        position % x.tokens * x.token_stride + s / slices * x.head_stride + column;
+        const T* from = rows[t - first] + s / slices * x.head_stride + column;
         const A weight = list.weight ? static_cast<A>(list.weight[t]) : A(1);
         pack_slice(from, count, x.squares, weight, to);
         if (x.bias && column <= x.columns && x.columns < column + kSlice<A>)

@@ -12,9 +12,11 @@ namespace fisherkern {
 
 // Tokens to pack: positions in the flattened [batches, tokens], and their weights if there are any.
 struct TokenList {
-  const int64_t* position;
-  const double* weight;  // null: all one
+  const int64_t* position;  // null: 0, 1, 2, ...
+  const double* weight;     // null: all one
   int64_t count;
+
+  int64_t operator[](int64_t t) const { return position ? position[t] : t; }
 };
 
 struct Panel {
@@ -22,7 +24,8 @@ struct Panel {
   int64_t capacity;  // tokens
 };
 
-// factor <- beta factor + alpha (sum over segments of left^T right), or of its squares.
+// factor <- beta factor + alpha (sum over segments of left^T right), or of its squares. With an
+// epilogue: factor <- diag(addend_scale) addend + alpha diag(row_scale) (...).
 struct PanelProduct {
   Panel left, right;
   int64_t rows, columns;  // of a factor
@@ -36,6 +39,10 @@ struct PanelProduct {
   void* factor;
   int64_t head_stride, row_stride;
   double alpha, beta;
+  const void* row_scale;  // [rows], or null for ones
+  const void* addend;     // or null: the factor, times beta
+  const void* addend_scale;
+  int64_t addend_stride;
 };
 
 // The kernels of one arithmetic, and how its panels look.
@@ -67,6 +74,8 @@ FISHERKERN_DECLARE_PANELS(avx512)
 namespace amx {
 // bfloat16 without weights, summed in float.
 const PanelKernels& panel_kernels();
+// Anything narrower than double, as float in three bfloat16 terms.
+const PanelKernels& split_panel_kernels();
 }  // namespace amx
 #endif
 

@@ -1,12 +1,5 @@
 // Products of bfloat16 panels on the matrix units of recent Xeons: exact products, float sums.
-//
-// The unit multiplies a [16 rows][16 pairs] by a [16 pairs][16 columns] tile, where a pair holds the
-// same column of two tokens in 32 bits. A block of 32 tokens is 16 pairs, and a slice 32 columns:
-//
-//   right panel  [slice][block][16 pairs][32 columns]
-//   left panel   [slice][block][32 columns][16 pairs]
-#include <immintrin.h>
-
+#include "matrix_unit.h"
 #include "panel_product.h"
 #include "panel_tiles.h"
 
@@ -14,14 +7,12 @@ namespace fisherkern {
 namespace FISHERKERN_ISA {
 namespace {
 
-constexpr int W = 32;
-constexpr int64_t kBlock = 32, kPairs = kBlock / 2;
 // The unit adds tokens one after the other: the sums of a segment are flushed to bound their error.
 constexpr int64_t kSegment = 512;
 constexpr uint16_t kOne = 0x3f80;
 
 uint32_t* block_of(Panel panel, int64_t slice, int64_t token) {
-  return static_cast<uint32_t*>(panel.data) + (slice * panel.capacity + token) * W / 2;
+  return static_cast<uint32_t*>(panel.data) + (slice * panel.capacity + token) / kBlock * kPairsOfBlock;
 }
 
 // 32 columns of one token, zeros past the last.
@@ -35,22 +26,21 @@ void pack(const Activations& x, const TokenList& list, Panel panel, bool left, i
   const int64_t slices = slices_of(x.width(), W);
   alignas(64) uint32_t pairs[kPairs][W];
   for (int64_t block = begin; block < end; block += kBlock) {
+    const uint16_t* rows_of_block[kBlock];
+    for (int64_t t = block; t < std::min(block + kBlock, end); ++t)
+      rows_of_block[t - block] = row_of<uint16_t>(x, list[t]);
     for (int64_t s = 0; s < x.heads * slices; ++s) {
       const int64_t column = s % slices * W, bias = x.bias ? x.columns - column : -1;
+      const uint32_t ones = bias >= 0 && bias < W ? 1u << bias : 0;
       auto row = [&](int64_t t) {
-        if (t >= end) return _mm512_setzero_si512();
-        const int64_t position = list.position[t];
-        const auto* from = static_cast<const uint16_t*>(x.data) +
-                           position / x.tokens * x.batch_stride +
-                           position % x.tokens * x.token_stride + s / slices * x.head_stride;
-        __m512i values = load_columns(from + column, x.columns - column);
-        if (bias >= 0 && bias < W) values = _mm512_mask_set1_epi16(values, 1u << bias, kOne);
-        return values;
+        if (block + t >= end) return _mm512_setzero_si512();
+        const uint16_t* from = rows_of_block[t] + s / slices * x.head_stride + column;
+        return _mm512_mask_set1_epi16(load_columns(from, x.columns - column), ones, kOne);
       };
       uint32_t* to = block_of(panel, s, block);
       uint32_t(*rows)[W] = left ? pairs : reinterpret_cast<uint32_t(*)[W]>(to);
       for (int64_t p = 0; p < kPairs; ++p) {
-        const __m512i even = row(block + 2 * p), odd = row(block + 2 * p + 1);
+        const __m512i even = row(2 * p), odd = row(2 * p + 1);
         auto widened = [](__m512i v, int half) {
           return _mm512_cvtepu16_epi32(half ? _mm512_extracti64x4_epi64(v, 1)
                                             : _mm512_castsi512_si256(v));
@@ -60,18 +50,10 @@ void pack(const Activations& x, const TokenList& list, Panel panel, bool left, i
                               _mm512_or_si512(widened(even, half),
                                               _mm512_slli_epi32(widened(odd, half), 16)));
       }
-      if (left)
-        for (int c = 0; c < W; ++c)
-          for (int64_t p = 0; p < kPairs; ++p) to[c * kPairs + p] = pairs[p][c];
+      if (left) store_left(pairs, to);
     }
   }
 }
-
-struct alignas(64) TileConfiguration {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
 
 // sums [W][W] += the product of `blocks` blocks of tokens
 void micro_tile(const uint32_t* left, const uint32_t* right, int64_t blocks, float* sums) {
@@ -90,8 +72,8 @@ void micro_tile(const uint32_t* left, const uint32_t* right, int64_t blocks, flo
     _tile_dpbf16ps(1, 4, 7);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
-    left += W * kPairs;
-    right += W * kPairs;
+    left += kPairsOfBlock;
+    right += kPairsOfBlock;
   }
   _tile_stored(0, product[0], kStride);
   _tile_stored(1, product[0] + kHalf, kStride);
@@ -105,8 +87,7 @@ void multiply_tile(const PanelProduct& p, int64_t task) {
   const Tile tile = tile_at<W>(p, task);
   const int64_t row_slices = slices_of(p.rows, W), column_slices = slices_of(p.columns, W);
   const TileSums<float, W> sums(tile);
-  const TileConfiguration configuration;
-  _tile_loadconfig(&configuration);
+  const MatrixUnit unit;
   const int64_t last = (tile.split + 1) * p.segment_count / p.splits;
   for (int64_t s = tile.split * p.segment_count / p.splits; s < last; ++s) {
     const int64_t begin = p.segments[s], blocks = slices_of(p.segments[s + 1] - begin, kBlock);
@@ -117,7 +98,6 @@ void multiply_tile(const PanelProduct& p, int64_t task) {
                    sums.block(i, j));
     }
   }
-  _tile_release();
   sums.write(p);
 }
 

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -300,6 +301,29 @@ inline Vec<float> square_root(Vec<float> x) {
 inline Vec<double> square_root(Vec<double> x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = std::sqrt(x[i]);
   return x;
+}
+
+// A square of lanes on its side: blocks of half the size change places, then those within them.
+template <class A>
+inline void transpose(Vec<A>* rows) {
+  constexpr int L = kLanes<A>;
+  using Index = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
+  typedef Index Order __attribute__((vector_size(kVectorBytes)));
+#pragma GCC unroll 4
+  for (int half = L / 2; half > 0; half /= 2) {
+    Order upper, lower;
+    for (int n = 0; n < L; ++n) {
+      upper[n] = n & half ? L + (n ^ half) : n;
+      lower[n] = n & half ? L + n : n ^ half;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) {
+      if (i & half) continue;
+      const Vec<A> a = rows[i], b = rows[i | half];
+      rows[i] = __builtin_shuffle(a, b, upper);
+      rows[i | half] = __builtin_shuffle(a, b, lower);
+    }
+  }
 }
 
 // Pairwise and in double: the order depends on nothing but the width of the vector.

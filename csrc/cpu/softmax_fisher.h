@@ -21,9 +21,10 @@
   void sample(const SoftmaxFisher&, int64_t seed, int64_t* labels, Rows out, int64_t begin,        \
               int64_t end);                                                                        \
   /* the tokens [begin, end) into one row of partial sums [V], all of which is written */          \
-  void probabilities_sum(const SoftmaxFisher&, void* partial, int64_t begin, int64_t end);         \
+  void probabilities_sum(const SoftmaxFisher&, void* partial, void* reference, void* unit,         \
+                         int64_t begin, int64_t end); /* r and u [T] may be null */                \
   void diagonal_sum(const SoftmaxFisher&, void* partial, int64_t begin, int64_t end);              \
-  /* the given tokens and classes of a panel */                                                    \
+  /* these tokens and classes of a panel; `out` is where the first of them goes */                 \
   void panel(const SoftmaxFisherPanel&, int64_t first_token, int64_t last_token,                   \
              int64_t first_class, int64_t last_class);                                             \
   /* out[c] += sum over rows of partial[row, c] for the classes [begin, end), rows in order */     \

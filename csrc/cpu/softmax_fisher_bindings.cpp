@@ -115,9 +115,21 @@ void diagonal_sum(const Tensor& logits, const Optional& weights, const Optional&
   token_sum(FISHERKERN_KERNEL(diagonal_sum), logits, weights, logsumexp, temperature, out);
 }
 
+void powers(const Tensor& logits, const Optional& weights, const Optional& logsumexp,
+            double temperature, Tensor out, Optional reference, Optional unit) {
+  const int64_t T = logits.size(0) * logits.size(1);
+  void* const r = reference ? flat_of(*reference, logits, T, "reference") : nullptr;
+  void* const u = unit ? flat_of(*unit, logits, T, "unit") : nullptr;
+  const auto kernel = FISHERKERN_KERNEL(probabilities_sum);
+  auto with_powers = [&](const SoftmaxFisher& f, void* partial, int64_t begin, int64_t end) {
+    kernel(f, partial, r, u, begin, end);
+  };
+  token_sum(with_powers, logits, weights, logsumexp, temperature, out);
+}
+
 void mean_probs(const Tensor& logits, const Optional& weights, const Optional& logsumexp,
                 double temperature, Tensor out) {
-  token_sum(FISHERKERN_KERNEL(probabilities_sum), logits, weights, logsumexp, temperature, out);
+  powers(logits, weights, logsumexp, temperature, out, std::nullopt, std::nullopt);
 }
 
 void trace(const Tensor& logits, const Optional& mask, const Optional& logsumexp,
@@ -176,12 +188,16 @@ void panel(const Tensor& logits, const Tensor& reference, const Tensor& unit, co
   constexpr int64_t kTokens = 64, kClasses = 1024;
   const int64_t T = p.rows.batches * p.rows.tokens, V = p.rows.classes;
   const int64_t blocks = (V + kClasses - 1) / kClasses;
+  const int64_t width = p.rows.dtype == DType::float64 ? sizeof(double) : sizeof(float);
   const auto kernel = FISHERKERN_KERNEL(panel);
   torch::stable::parallel_for(
       0, (T + kTokens - 1) / kTokens * blocks, 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
           const int64_t token = i / blocks * kTokens, first = i % blocks * kClasses;
-          kernel(p, token, std::min(token + kTokens, T), first, std::min(first + kClasses, V));
+          SoftmaxFisherPanel part = p;
+          part.out = static_cast<char*>(p.out) +
+                     (transposed ? first * p.stride + token : token * p.stride + first) * width;
+          kernel(part, token, std::min(token + kTokens, T), first, std::min(first + kClasses, V));
         }
       });
 }
@@ -197,6 +213,7 @@ STABLE_TORCH_LIBRARY_IMPL(fisherkern_native, CPU, m) {
   m.impl("softmax_fisher_quadratic", TORCH_BOX(&fisherkern::quadratic));
   m.impl("softmax_fisher_diagonal", TORCH_BOX(&fisherkern::diagonal));
   m.impl("softmax_fisher_diagonal_sum", TORCH_BOX(&fisherkern::diagonal_sum));
+  m.impl("softmax_fisher_powers", TORCH_BOX(&fisherkern::powers));
   m.impl("softmax_fisher_mean_probs", TORCH_BOX(&fisherkern::mean_probs));
   m.impl("softmax_fisher_trace", TORCH_BOX(&fisherkern::trace));
   m.impl("softmax_fisher_stats", TORCH_BOX(&fisherkern::stats));

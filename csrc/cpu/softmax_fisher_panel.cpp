@@ -35,60 +35,48 @@ class PanelRow {
   A reference_, unit_;
 };
 
-// A square of lanes on its side: blocks of half the size change places, then those within them.
-template <class A>
-inline void transpose(Vec<A>* rows) {
-  constexpr int L = kLanes<A>;
-  using Index = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
-  typedef Index Lanes __attribute__((vector_size(kVectorBytes)));
-#pragma GCC unroll 4
-  for (int half = L / 2; half > 0; half /= 2) {
-    Lanes upper, lower;
-    for (int n = 0; n < L; ++n) {
-      upper[n] = n & half ? L + (n ^ half) : n;
-      lower[n] = n & half ? L + n : n ^ half;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < L; ++i) {
-      if (i & half) continue;
-      const Vec<A> a = rows[i], b = rows[i | half];
-      rows[i] = __builtin_shuffle(a, b, upper);
-      rows[i | half] = __builtin_shuffle(a, b, lower);
-    }
-  }
-}
-
 template <class T>
 void panel_of(const SoftmaxFisher&, const SoftmaxFisherPanel& p, int64_t first_token,
               int64_t last_token, int64_t first_class, int64_t last_class) {
   using A = Acc<T>;
   A* const out = static_cast<A*>(p.out);
-  if (!p.transposed) {
+  constexpr int64_t L = kLanes<A>;
+  if (p.transposed) {
+    std::vector<PanelRow<T>> rows;
+    for (int64_t token = first_token; token < last_token; token += L) {
+      const int64_t tokens = std::min(L, last_token - token);
+      rows.clear();
+      for (int64_t t = 0; t < tokens; ++t) rows.emplace_back(p, token + t);
+      for_lanes<A>(first_class, last_class, [&](int64_t i, auto count) {
+        Vec<A> block[L] = {};
+        for (int64_t t = 0; t < tokens; ++t) block[t] = rows[t](i, count);
+        transpose<A>(block);
+        A* const to = out + (i - first_class) * p.stride + token - first_token;
+        for (int64_t c = 0; c < count; ++c) {
+          if (tokens == L)
+            store(to + c * p.stride, block[c]);
+          else
+            store_some(to + c * p.stride, block[c], tokens);
+        }
+      });
+    }
+  } else {
     for (int64_t token = first_token; token < last_token; ++token) {
       const PanelRow<T> row(p, token);
-      A* const to = out + token * p.stride;
-      for_lanes<A>(first_class, last_class,
-                   [&](int64_t i, auto count) { store_lanes(to + i, row(i, count), count); });
+      A* const to = out + (token - first_token) * p.stride;
+      for_lanes<A>(first_class, last_class, [&](int64_t i, auto count) {
+        store_lanes(to + i - first_class, row(i, count), count);
+      });
     }
-    return;
   }
-  constexpr int64_t L = kLanes<A>;
-  for (int64_t token = first_token; token < last_token; token += L) {
-    const int64_t tokens = std::min(L, last_token - token);
-    std::vector<PanelRow<T>> rows;
-    for (int64_t t = 0; t < tokens; ++t) rows.emplace_back(p, token + t);
-    for_lanes<A>(first_class, last_class, [&](int64_t i, auto count) {
-      Vec<A> block[L] = {};
-      for (int64_t t = 0; t < tokens; ++t) block[t] = rows[t](i, count);
-      transpose<A>(block);
-      A* const to = out + i * p.stride + token;
-      for (int64_t c = 0; c < count; ++c) {
-        if (tokens == L)
-          store(to + c * p.stride, block[c]);
-        else
-          store_some(to + c * p.stride, block[c], tokens);
-      }
-    });
+  if (!p.labels) return;
+  for (int64_t token = first_token; token < last_token; ++token) {
+    const int64_t label = p.labels[token];
+    if (label < first_class || label >= last_class) continue;
+    const int64_t t = token - first_token, c = label - first_class;
+    const A value = static_cast<const A*>(p.at_label)[token];
+    out[p.transposed ? c * p.stride + t : t * p.stride + c] =
+        p.scale ? value * static_cast<const A*>(p.scale)[label] : value;
   }
 }
 

@@ -32,8 +32,23 @@ struct Waiting {
   }
 };
 
+// What p is made of, u exp((z - r) / tau), where asked for: r and u of each token, zero where it does
+// not count.
+template <class A>
+struct Powers {
+  A* reference;
+  A* unit;
+
+  void write(int64_t token, A r, A u) const {
+    if (!reference) return;
+    reference[token] = r;
+    unit[token] = u;
+  }
+};
+
 template <class T, bool kDiagonal>
-void token_sum(const SoftmaxFisher& f, void* partial, int64_t begin, int64_t end) {
+void token_sum(const SoftmaxFisher& f, void* partial, Powers<Acc<T>> powers, int64_t begin,
+               int64_t end) {
   using A = Acc<T>;
   const int64_t V = f.classes;
   const Exponential<A> exponential(f.temperature);
@@ -63,13 +78,17 @@ void token_sum(const SoftmaxFisher& f, void* partial, int64_t begin, int64_t end
   };
   for (int64_t token = begin; token < end; ++token) {
     const A w = weight<A>(f, token);
-    if (w == 0) continue;
+    if (w == 0) {
+      powers.write(token, 0, 0);
+      continue;
+    }
     const T* z = row<const T>(f, f.logits, token);
     const auto sums =
         waits ? exponentials<1>(z, V, exponential, e, nullptr, Nothing{}, row_before)
               : exponentials<1>(z, V, exponential, e, nullptr, Nothing{});
     if (waits) added();
     const auto p = distribution<T>(f, token, sums);
+    powers.write(token, sums.reference, p.unit);
     A scale = w * p.unit;
     if constexpr (kDiagonal) {
       scale /= static_cast<A>(f.temperature * f.temperature);
@@ -89,12 +108,14 @@ void token_sum(const SoftmaxFisher& f, void* partial, int64_t begin, int64_t end
 }
 
 template <class T>
-void probabilities_sum_of(const SoftmaxFisher& f, void* partial, int64_t begin, int64_t end) {
-  token_sum<T, false>(f, partial, begin, end);
+void probabilities_sum_of(const SoftmaxFisher& f, void* partial, void* reference, void* unit,
+                          int64_t begin, int64_t end) {
+  using A = Acc<T>;
+  token_sum<T, false>(f, partial, {static_cast<A*>(reference), static_cast<A*>(unit)}, begin, end);
 }
 template <class T>
 void diagonal_sum_of(const SoftmaxFisher& f, void* partial, int64_t begin, int64_t end) {
-  token_sum<T, true>(f, partial, begin, end);
+  token_sum<T, true>(f, partial, {}, begin, end);
 }
 
 template <class T>
@@ -112,8 +133,9 @@ void add_partials_of(const SoftmaxFisher& f, const void* partial, int64_t rows, 
 
 }  // namespace
 
-void probabilities_sum(const SoftmaxFisher& f, void* partial, int64_t begin, int64_t end) {
-  FISHERKERN_FOR_DTYPE(f, probabilities_sum_of, partial, begin, end)
+void probabilities_sum(const SoftmaxFisher& f, void* partial, void* reference, void* unit,
+                       int64_t begin, int64_t end) {
+  FISHERKERN_FOR_DTYPE(f, probabilities_sum_of, partial, reference, unit, begin, end)
 }
 void diagonal_sum(const SoftmaxFisher& f, void* partial, int64_t begin, int64_t end) {
   FISHERKERN_FOR_DTYPE(f, diagonal_sum_of, partial, begin, end)

@@ -1,14 +1,17 @@
 """Linear operators: the Fisher of a vocabulary, applied and inverted without being formed."""
 
+from fisherkern.operators.compression import Compressed, compress
 from fisherkern.operators.empirical import EmpiricalFisher
 from fisherkern.operators.kronecker import Kronecker
 from fisherkern.operators.low_rank import DiagonalMinusLowRank, DiagonalPlusLowRank
 from fisherkern.operators.softmax import SoftmaxFisher
 
 __all__ = [
+    "Compressed",
     "DiagonalMinusLowRank",
     "DiagonalPlusLowRank",
     "EmpiricalFisher",
     "Kronecker",
     "SoftmaxFisher",
+    "compress",
 ]

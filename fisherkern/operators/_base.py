@@ -1,6 +1,6 @@
 """What operators D + σ U Uᵀ on a large space share: products, Woodbury solves, determinants.
 
-U [n, r] exists a panel of rows at a time, made by the subclass when it is needed; what is kept is
+Products with U [n, r] are the subclass's, which need not have it in memory; what is kept is
 O(n + r²).
 """
 
@@ -16,12 +16,13 @@ from torch import Tensor
 from fisherkern import checks
 from fisherkern.operators import _eigen
 from fisherkern.operators._capacitance import Capacitance
-from fisherkern.ops.covariance import covariance_update_
+from fisherkern.operators._iterative import Product, conjugate_gradients
+from fisherkern.ops._values import check_disjoint
 
-# Bytes of panels: large enough for matrix products at full speed, small beside what they avoid.
-_WORKSPACE = {"cpu": 32 << 20, "cuda": 512 << 20}
-# Rows of a panel come in multiples of this.
-_ROWS = 64
+# Bytes per element of the capacitance: Γ in float32, S and its factor in float64.
+_CAPACITANCE = 20
+# Blocks of columns that conjugate gradients keep and make.
+_BLOCKS = 8
 
 
 class _Damped(NamedTuple):
@@ -40,14 +41,12 @@ class LowRankOperator(ABC):
     """σ: 1 or −1."""
     _diagonal_part: Tensor
     """D [n]."""
+    _memory: int | None = None
+    """Bytes a solve may take beside inputs and result; None: what the Woodbury identity takes."""
     _has_diagonal = True
     """False where D is zero: then λ is divided by in the end, which rounds once and not thrice."""
 
-    def __init__(self, workspace: int | None, precision: str) -> None:
-        if workspace is not None and checks.integer("workspace", workspace) < 1:
-            raise ValueError(f"workspace is {workspace}; allowed are numbers of bytes >= 1")
-        self._workspace = workspace
-        self._precision = checks.choice("precision", precision, ("tf32", "tf32x3", "ieee"))
+    def __init__(self) -> None:
         self._damped: _Damped | None = None
 
     # ---- what a subclass gives -------------------------------------------------------------------
@@ -58,14 +57,37 @@ class LowRankOperator(ABC):
         """The columns r of U."""
 
     @abstractmethod
-    def _fill_panel(
-        self, panel: Tensor, begin: int, end: int, scale: Tensor | None, transposed: bool
+    def _project(
+        self, y: Tensor, scale: Tensor | None = None, *, ones: bool = False, gram: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Uᵀ diag(scale) [y, 1 if `ones`], and the lower triangle of Uᵀ diag(scale) U if `gram`."""
+
+    @abstractmethod
+    def _expand(
+        self,
+        c: Tensor,
+        scale: Tensor | None,
+        alpha: float,
+        y: Tensor,
+        y_scale: Tensor | None,
+        out: Tensor,
     ) -> None:
-        """Write rows [begin, end) of diag(scale) U [n, r], or their transpose."""
+        """Write diag(y_scale) y + alpha diag(scale) U c to `out`, contiguous, which may be y."""
+
+    @abstractmethod
+    def _panels(self, width: int, scale: Tensor | None = None) -> Iterator[tuple[int, int, Tensor]]:
+        """Ranges of rows, and these rows of diag(scale) U: [rows, r], which may share their memory.
+
+        A panel and a block of `width` columns fit into the workspace together.
+        """
 
     @abstractmethod
     def _capacitance(self, gram: Tensor, sums: Tensor, damping: float) -> Capacitance:
         """Of Γ = Uᵀ D_λ⁻¹ U [r, r], its lower triangle, and Uᵀ D_λ⁻¹ 1 [r]."""
+
+    @abstractmethod
+    def _column_blocks(self, count: int) -> Iterator[Tensor]:
+        """All columns of U [n, at most `count`], some at a time; they may share their memory."""
 
     # ---- shape -----------------------------------------------------------------------------------
 
@@ -85,25 +107,15 @@ class LowRankOperator(ABC):
         """The device of vectors and results."""
         return self._diagonal_part.device
 
-    def _panels(
-        self, width: int, scale: Tensor | None = None, *, transposed: bool = False
-    ) -> Iterator[tuple[int, int, Tensor]]:
-        """Ranges of rows, and these rows of diag(scale) U: [rows, r], or transposed.
+    @property
+    def path(self) -> str:
+        """What solves, "woodbury" or, where that takes too much memory, "conjugate gradients".
 
-        A panel and a block of `width` columns fit into the workspace together. All panels share
-        their memory.
+        The Woodbury identity takes 20 r² bytes; it alone gives determinants and the diagonal of the
+        inverse.
         """
-        n, r = self.shape[0], self.rank
-        workspace = self._workspace or _WORKSPACE.get(self.device.type, _WORKSPACE["cpu"])
-        row_bytes = max(r + width, 1) * self.dtype.itemsize
-        step = min(max(workspace // row_bytes // _ROWS * _ROWS, _ROWS), n)
-        memory = self._diagonal_part.new_empty(step * r)
-        for begin in range(0, n, max(step, 1)):
-            end = min(begin + step, n)
-            shape = (r, end - begin) if transposed else (end - begin, r)
-            panel = memory[: r * (end - begin)].view(shape)
-            self._fill_panel(panel, begin, end, scale, transposed)
-            yield begin, end, panel
+        fits = self._memory is None or _CAPACITANCE * self.rank**2 <= self._memory
+        return "woodbury" if fits else "conjugate gradients"
 
     def _block(self, name: str, value: object) -> Tensor:
         """A vector [n] or a block [n, k], as a block."""
@@ -126,12 +138,9 @@ class LowRankOperator(ABC):
             TypeError, ValueError: x of the wrong type, dtype, device or shape.
         """
         block = self._centred(self._block("x", x))
-        coefficients = block.new_zeros(self.rank, block.shape[1])
-        for begin, end, panel in self._panels(block.shape[1], transposed=True):
-            coefficients.addmm_(panel, block[begin:end])
-        out = self._diagonal_part[:, None] * block
-        for begin, end, panel in self._panels(block.shape[1], transposed=True):
-            out[begin:end].addmm_(panel.mT, coefficients, alpha=self._sign)
+        coefficients, _ = self._project(block)
+        out = block.new_empty(block.shape)
+        self._expand(coefficients, None, float(self._sign), block, self._diagonal_part, out)
         return out.view(x.shape)
 
     def _centred(self, x: Tensor) -> Tensor:
@@ -154,7 +163,7 @@ class LowRankOperator(ABC):
         """The diagonal [n]."""
         out = self._diagonal_part.clone()
         for begin, end, panel in self._panels(0):
-            out[begin:end].add_(panel.square_().sum(1), alpha=self._sign)
+            out[begin:end].add_(panel.square().sum(1), alpha=self._sign)
         return out
 
     def trace(self) -> Tensor:
@@ -174,8 +183,7 @@ class LowRankOperator(ABC):
                 f"max_bytes is {max_bytes}, and the matrix [{n}, {n}] takes {size}; the operator "
                 "multiplies and solves without it"
             )
-        U = self._diagonal_part.new_empty(n, self.rank)
-        self._fill_panel(U, 0, n, None, False)
+        U = torch.cat([panel.clone() for _, _, panel in self._panels(0)])
         dense = self._sign * (U @ U.mT)
         dense.diagonal().copy_(self.diagonal())
         return dense
@@ -232,43 +240,20 @@ class LowRankOperator(ABC):
         lam = checks.damping(damping)
         known = self._damped if self._damped and self._damped.damping == lam else None
         inverse = known.inverse if known else 1 / (self._diagonal_part + lam)
-        root = inverse.sqrt() if self._has_diagonal else None
-        r, k = self.rank, block.shape[1]
-        gram, sums = block.new_zeros(0 if known else r, r), block.new_zeros(0 if known else r)
-        projection = block.new_zeros(r, k)
-        scaled: Tensor | None = None
-        for begin, end, panel in self._panels(k, root):
-            rows = block[begin:end]
-            if root is not None:
-                if scaled is None:
-                    scaled = torch.empty_like(rows)
-                rows = torch.mul(root[begin:end, None], rows, out=scaled[: end - begin])
-            projection.addmm_(panel.mT, rows)
-            if not known:
-                self._add_gram(gram, panel)
-                ones = torch.ones_like(inverse[begin:end]) if root is None else root[begin:end]
-                sums.addmv_(panel.mT, ones)
-        if root is None:
-            for product in (gram, sums, projection):
-                product.div_(lam)
-        if not known:
+        scale = inverse if self._has_diagonal else None
+        new = known is None
+        products, gram = self._project(block, scale, ones=new, gram=new)
+        if scale is None:
+            products.div_(lam)
+            gram.div_(lam)
+        if known is None:
+            sums = products[:, -1]
             known = _Damped(lam, inverse, self._capacitance(gram, sums, lam))
             if bool(known.capacitance.failed):
                 self._explain_failure(gram, lam)
                 known.capacitance.cholesky.fill_(float("nan"))
             self._damped = known
-        return known, projection
-
-    def _add_gram(self, gram: Tensor, panel: Tensor) -> None:
-        if self.rank:
-            covariance_update_(
-                gram,
-                panel,
-                ema_decay=None,
-                reduction="sum",
-                precision=self._precision,
-                mirror=False,
-            )
+        return known, products[:, : block.shape[1]]
 
     def _explain_failure(self, gram: Tensor, damping: float) -> None:
         """Raise unless it is a NaN of the inputs, which reaches the results instead."""
@@ -284,34 +269,99 @@ class LowRankOperator(ABC):
             f"above {enough:g}"
         )
 
-    def solve(self, y: Tensor, damping: float) -> Tensor:
-        """(A + λ I)⁻¹ y for y [n] or [n, k], by the Woodbury identity.
+    def solve(
+        self,
+        y: Tensor,
+        damping: float,
+        *,
+        out: Tensor | None = None,
+        tolerance: float = 1e-5,
+        iterations: int = 500,
+    ) -> Tensor:
+        """(A + λ I)⁻¹ y for y [n] or [n, k], by the :attr:`path` that the memory allows.
 
-        The factorisation of r × r is kept for further calls of the same damping.
+        The factorisation of r × r that the Woodbury identity needs is kept for further calls of the
+        same damping.
 
         Args:
             y: [n] or [n, k], in the dtype of the operator.
             damping: λ > 0, in the units of A.
+            out: destination like y, or y itself.
+            tolerance: of conjugate gradients: ‖(A + λ I) x − y‖ / ‖y‖ of every column.
+            iterations: of conjugate gradients, at most.
 
         Raises:
             TypeError, ValueError: an argument of the wrong type, dtype, device, shape or value.
-            torch.linalg.LinAlgError: A + λ I is not positive definite.
+            torch.linalg.LinAlgError: A + λ I is not positive definite, or residuals stay above the
+                tolerance.
         """
         block = self._block("y", y)
-        damped, projection = self._factorised(damping, block)
-        coefficients = damped.capacitance.solve(projection)
-        out = torch.empty_like(block)
-        scale = damped.inverse if self._has_diagonal else None
-        for begin, end, panel in self._panels(block.shape[1], scale, transposed=True):
-            rows = out[begin:end]
+        result = block.new_empty(block.shape) if out is None else self._destination(out, y)
+        if self.path != "woodbury":
+            self._iterate(block, damping, tolerance, iterations, result)
+        else:
+            damped, projection = self._factorised(damping, block)
+            coefficients = damped.capacitance.solve(projection)
+            scale = damped.inverse if self._has_diagonal else None
+            self._expand(coefficients, scale, float(-self._sign), block, scale, result)
             if scale is None:
-                rows.copy_(block[begin:end])
-            else:
-                torch.mul(scale[begin:end, None], block[begin:end], out=rows)
-            rows.addmm_(panel.mT, coefficients, alpha=-self._sign)
-        if scale is None:
-            out.div_(damping)
-        return out.view(y.shape)
+                result.div_(damping)
+        if out is None:
+            return result.view(y.shape)
+        if result.data_ptr() != out.data_ptr():
+            out.copy_(result.view(out.shape))
+        return out
+
+    def _destination(self, out: object, y: Tensor) -> Tensor:
+        """Contiguous memory [n, k] for a result like y: that of `out` where it is."""
+        o = checks.tensor("out", out)
+        self._block("out", o)
+        if o.shape != y.shape:
+            raise ValueError(f"out has shape {list(o.shape)}; expected that of y, {list(y.shape)}")
+        same = o.data_ptr() == y.data_ptr() and o.stride() == y.stride()
+        if not same:
+            check_disjoint(o, {"y": y}, " or y itself")
+        block = self._block("out", o)
+        return block if block.is_contiguous() else block.new_empty(block.shape)
+
+    def _iterate(
+        self, block: Tensor, damping: float, tolerance: float, iterations: int, out: Tensor
+    ) -> None:
+        lam = checks.damping(damping)
+        checks.number("tolerance", tolerance, 0.0, 1.0)
+        most = checks.integer("iterations", iterations)
+        precondition = self._preconditioner(lam)
+        column_bytes = max(_BLOCKS * self.shape[0] * self.dtype.itemsize, 1)
+        at_once = max((self._memory or 0) // column_bytes, 1)
+        for first in range(0, block.shape[1], at_once):
+            part = block[:, first : first + at_once]
+            x, residual, _ = conjugate_gradients(
+                lambda p: torch.add(self @ p, p, alpha=lam),
+                part.contiguous(),
+                precondition,
+                tolerance,
+                most,
+            )
+            # a NaN of the inputs reaches the result
+            if bool((residual > tolerance).any()):
+                raise torch.linalg.LinAlgError(
+                    f"iterations is {most}, after which a residual is {float(residual.max()):.1e}; "
+                    f"tolerance is {tolerance:g}. A larger damping ({lam:g}) or memory helps"
+                )
+            out[:, first : first + at_once] = x
+
+    def _preconditioner(self, damping: float) -> Product:
+        """M⁻¹ X with M near A + λ I: its diagonal."""
+        inverse = (1 / (self.diagonal() + damping))[:, None]
+        return lambda x: inverse * x
+
+    def _needs_woodbury(self, what: str) -> None:
+        if self.path != "woodbury":
+            needed = _CAPACITANCE * self.rank**2
+            raise ValueError(
+                f"memory is {self._memory}, and {what} takes {needed} bytes for a rank of "
+                f"{self.rank}; allow more, or see fisherkern.operators.compress"
+            )
 
     def inverse_diagonal(self, damping: float) -> Tensor:
         """The diagonal of (A + λ I)⁻¹ [n]: the marginal variances of a Laplace approximation.
@@ -319,6 +369,7 @@ class LowRankOperator(ABC):
         Raises:
             TypeError, ValueError, torch.linalg.LinAlgError: as :meth:`solve`.
         """
+        self._needs_woodbury("the diagonal of the inverse")
         damped, _ = self._factorised(damping, self._diagonal_part.new_empty(self.shape[0], 0))
         core = damped.capacitance.inverse()
         scale = damped.inverse if self._has_diagonal else None
@@ -336,6 +387,7 @@ class LowRankOperator(ABC):
         Raises:
             TypeError, ValueError, torch.linalg.LinAlgError: as :meth:`solve`.
         """
+        self._needs_woodbury("a determinant")
         damped, _ = self._factorised(damping, self._diagonal_part.new_empty(self.shape[0], 0))
         return damped.capacitance.logdet() - damped.inverse.double().log().sum()
 

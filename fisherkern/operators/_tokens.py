@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from typing import Any, NamedTuple, Self
 
@@ -12,9 +12,15 @@ from torch import Tensor
 
 from fisherkern import checks
 from fisherkern.operators._base import LowRankOperator
-from fisherkern.ops.softmax_fisher import softmax_fisher_panel, softmax_fisher_stats
+from fisherkern.ops._kernels import kernels
+from fisherkern.ops._panel_products import Factor
+from fisherkern.ops._rows import token_rows
+from fisherkern.ops.softmax_fisher import factor
 from fisherkern.ops.softmax_fisher._common import check_tokens
 from fisherkern.reference import accumulation_dtype
+
+# Bytes that a solve may take beside the workspace.
+_MEMORY = {"cpu": 2 << 30, "cuda": 8 << 30}
 
 
 class Batch(NamedTuple):
@@ -24,13 +30,13 @@ class Batch(NamedTuple):
     weights: Tensor | None
     labels: Tensor | None
     reference: Tensor
-    """The largest logit; zero where the weight is."""
-    largest: Tensor
-    """The largest probability; zero where the weight is."""
+    """r [T] with p = u exp((z − r) / τ)."""
+    unit: Tensor
+    """u [T]; zero where the weight is."""
     roots: Tensor
     """√w [T]."""
-    others: Tensor | None = None
-    """1 − p of the labels [T]."""
+    at_label: Tensor | None = None
+    """What √w p is at the labels instead [T]."""
 
     @property
     def tokens(self) -> int:
@@ -50,12 +56,16 @@ class TokenOperator(LowRankOperator):
         reduction: str,
         workspace: int | None,
         precision: str,
+        memory: int | None,
     ) -> None:
-        super().__init__(workspace, precision)
+        super().__init__()
         self._temperature = checks.temperature(temperature)
         self._reduction = checks.reduction(reduction, ("mean", "sum"))
         z = checks.logits(logits)
         checks.classes(z, "an operator")
+        self._precision = checks.choice("precision", precision, factor.PRECISIONS)
+        self._workspace = checks.byte_count("workspace", workspace, factor.WORKSPACE, z)
+        self._memory = checks.byte_count("memory", memory, _MEMORY, z)
         self._batches: list[Batch] = []
         self._count = torch.zeros((), dtype=torch.float64, device=z.device)
         dtype = accumulation_dtype(z.dtype)
@@ -66,7 +76,7 @@ class TokenOperator(LowRankOperator):
         return (
             f"{type(self).__name__}(classes={self.shape[0]}, tokens={self.rank}, "
             f"temperature={self._temperature}, reduction={self._reduction!r}, "
-            f"dtype={self.dtype}, device='{self.device}')"
+            f"dtype={self.dtype}, device='{self.device}', path={self.path!r})"
         )
 
     @property
@@ -95,22 +105,11 @@ class TokenOperator(LowRankOperator):
 
     def _batch(
         self, z: Tensor, w: Tensor | None, lse: Tensor | None, labels: Tensor | None
-    ) -> Batch:
-        lead = z.shape[:-1]
-        reference = z.amax(-1).to(self.dtype)
-        if lse is None:
-            valid = None if w is None else w != 0
-            stats = softmax_fisher_stats(z, temperature=self._temperature, mask=valid)
-            largest = stats.max_probability
-        else:
-            largest = torch.exp(reference / self._temperature - lse)
-        if w is None:
-            roots = torch.ones(lead.numel(), dtype=self.dtype, device=self.device)
-        else:
-            roots = w.sqrt().flatten()
-            reference = torch.where(w == 0, 0.0, reference)
-            largest = torch.where(w == 0, 0.0, largest)
-        return Batch(z, w, labels, reference, largest, roots)
+    ) -> tuple[Batch, Tensor]:
+        """A batch, and its Σ w p [V]."""
+        sums, reference, unit = factor.powers(z, w, lse, self._temperature)
+        roots = torch.ones_like(unit) if w is None else w.sqrt().flatten()
+        return Batch(z, w, labels, reference, unit, roots), sums
 
     def _add(self, batches: Sequence[Batch], count: Tensor) -> None:
         """Take over more batches, and the N of all."""
@@ -131,48 +130,73 @@ class TokenOperator(LowRankOperator):
         """√(w / N) / τ of all tokens [T]."""
         return torch.cat([batch.roots for batch in self._batches]) * self._root
 
-    def _fill_panel(
-        self, panel: Tensor, begin: int, end: int, scale: Tensor | None, transposed: bool
-    ) -> None:
-        first = 0
-        for batch in self._batches:
-            last = first + batch.tokens
-            part = panel[first:last] if transposed else panel[:, first:last]
-            self._fill_columns(part, batch, begin, end, scale, transposed)
-            first = last
+    def _columns(self) -> tuple[Any, ...]:
+        """What makes U: the first arguments of the products with it."""
 
-    def _fill_columns(
-        self,
-        panel: Tensor,
-        batch: Batch,
-        begin: int,
-        end: int,
-        scale: Tensor | None,
-        transposed: bool,
-    ) -> None:
-        """The columns of one batch, probabilities times √(w / N) / τ."""
-        unit = batch.largest * (batch.roots * self._root).view(batch.largest.shape)
-        self._fill_probabilities(panel, batch, unit, begin, end, scale, transposed)
+        def joined(tensors: Iterable[Tensor]) -> Tensor:
+            return torch.cat([t.flatten() for t in tensors])
 
-    def _fill_probabilities(
-        self,
-        panel: Tensor,
-        batch: Batch,
-        unit: Tensor,
-        begin: int,
-        end: int,
-        scale: Tensor | None,
-        transposed: bool,
-    ) -> None:
-        softmax_fisher_panel(
-            batch.logits[..., begin:end],
-            batch.reference,
-            unit,
-            temperature=self._temperature,
-            scale=None if scale is None else scale[begin:end],
-            transposed=not transposed,
-            out=panel,
+        batches = self._batches
+        labels = [b.labels for b in batches if b.labels is not None]
+        at_label = [b.at_label for b in batches if b.at_label is not None]
+        return (
+            [b.logits for b in batches],
+            joined(b.reference for b in batches),
+            joined(b.unit * b.roots for b in batches) * self._root,
+            joined(labels) if labels else None,
+            joined(at_label) * self._root if at_label else None,
+            self._temperature,
         )
+
+    def _project(
+        self, y: Tensor, scale: Tensor | None = None, *, ones: bool = False, gram: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        how = (self._precision, self._workspace)
+        return factor.project(*self._columns(), scale, y, ones, gram, *how)
+
+    def _expand(
+        self,
+        c: Tensor,
+        scale: Tensor | None,
+        alpha: float,
+        y: Tensor,
+        y_scale: Tensor | None,
+        out: Tensor,
+    ) -> None:
+        how = (scale, c, alpha, y, y_scale, self._precision, self._workspace)
+        factor.expand_into(*self._columns(), *how, out=out)
+
+    def _panels(self, width: int, scale: Tensor | None = None) -> Iterator[tuple[int, int, Tensor]]:
+        logits, *rest = self._columns()
+        z = [token_rows(x.ndim - 1, x)[0] for x in logits if x.numel()]
+        if not z:
+            yield 0, self.shape[0], self._diagonal_part.new_empty(self.shape[0], 0)
+            return
+        u = Factor(kernels(z[0]), z, *rest)
+        yield from u.panels(width, self._workspace, scale, by_class=True)
+
+    def _column_blocks(self, count: int) -> Iterator[Tensor]:
+        logits, reference, unit, labels, at_label, temperature = self._columns()
+        memory = self._diagonal_part.new_empty(self.shape[0] * count)
+        first = 0
+        for z in logits:
+            (rows,) = token_rows(z.ndim - 1, z)
+            for part in (s for batch in rows for s in batch.split(count)):
+                last = first + part.shape[0]
+                here = slice(first, last)
+                u = Factor(
+                    kernels(z),
+                    [part[None]],
+                    reference[here],
+                    unit[here],
+                    None if labels is None else labels[here],
+                    None if at_label is None else at_label[here],
+                    temperature,
+                )
+                block = memory[: self.shape[0] * (last - first)].view(-1, last - first)
+                u.fill(block, 0, self.shape[0], None, True)
+                yield block
+                first = last
 
     @abstractmethod
     def _take_over(self, shard: Self) -> None:

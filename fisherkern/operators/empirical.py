@@ -11,21 +11,15 @@ from torch import Tensor
 from fisherkern import checks
 from fisherkern.operators import _capacitance
 from fisherkern.operators._capacitance import Capacitance
+from fisherkern.operators._iterative import Product
 from fisherkern.operators._tokens import Batch, TokenOperator
+from fisherkern.operators.compression import compress
 from fisherkern.ops._values import check_labels
+from fisherkern.ops.softmax_fisher import factor
 from fisherkern.reference import IGNORE_INDEX
 
-# Elements of the panels in which probabilities are added up.
-_OTHERS = 1 << 22
-
-
-def _put_at_labels(panel: Tensor, labels: Tensor, begin: int, values: Tensor) -> None:
-    """Set panel[t, y_t − begin] of a panel [T, n] to values [T], for the labels that are in it."""
-    column = labels.flatten() - begin
-    inside = (column >= 0) & (column < panel.shape[1])
-    column = column.clamp(0, panel.shape[1] - 1)[:, None]
-    kept = panel.gather(1, column)
-    panel.scatter_(1, column, torch.where(inside[:, None], values[:, None], kept))
+# Rank of the preconditioner of conjugate gradients.
+_SKETCH = 256
 
 
 class EmpiricalFisher(TokenOperator):
@@ -44,8 +38,9 @@ class EmpiricalFisher(TokenOperator):
         logsumexp: logsumexp(z / τ) [...], if at hand.
         reduction: "mean" divides by N = Σ w over the tokens that have a label, "sum" does not.
         ignore_index: the label of a token that has none.
-        workspace: bytes for panels of U; None: 32 MiB on the CPU, 512 MiB on a GPU.
-        precision: of the Gram matrix on CUDA, see :func:`fisherkern.covariance_update_`.
+        workspace: bytes for parts of U; None: 32 MiB on the CPU, 512 MiB on a GPU.
+        precision: of products with U, see :func:`fisherkern.covariance_update_`.
+        memory: bytes that a solve may take, see :class:`fisherkern.SoftmaxFisher`.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value.
@@ -74,8 +69,9 @@ class EmpiricalFisher(TokenOperator):
         ignore_index: int = IGNORE_INDEX,
         workspace: int | None = None,
         precision: str = "tf32x3",
+        memory: int | None = None,
     ) -> None:
-        super().__init__(logits, temperature, reduction, workspace, precision)
+        super().__init__(logits, temperature, reduction, workspace, precision, memory)
         self._ignore_index = checks.integer("ignore_index", ignore_index)
         self.update(logits, labels, mask=mask, weights=weights, logsumexp=logsumexp)
 
@@ -100,43 +96,41 @@ class EmpiricalFisher(TokenOperator):
         given = y != self._ignore_index
         w = given.to(self.dtype) if w is None else torch.where(given, w, 0.0)
         # a token without a label has a weight of zero, and so has whatever is put at its label
-        batch = self._batch(z, w, lse, y)
-        batch = batch._replace(others=self._one_minus_p(batch, y))
+        batch, _ = self._batch(z, w, lse, y)
+        batch = batch._replace(at_label=-batch.roots * self._one_minus_p(batch, y))
         self._add([batch], self._count + self._count_of(z, w))
 
     def _one_minus_p(self, batch: Batch, labels: Tensor) -> Tensor:
-        """1 − p of the labels, summed from the other classes: where p is 1 it would cancel."""
-        total = torch.zeros(batch.tokens, dtype=torch.float64, device=self.device)
-        V = self.shape[0]
-        step = max(_OTHERS // max(batch.tokens, 1), 64)
-        for begin in range(0, V, step):
-            end = min(begin + step, V)
-            panel = self._diagonal_part.new_empty(batch.tokens, end - begin)
-            self._fill_probabilities(panel, batch, batch.largest, begin, end, None, True)
-            _put_at_labels(panel, labels, begin, torch.zeros_like(batch.roots))
-            total += panel.sum(1, dtype=torch.float64)
-        return total.to(self.dtype)
-
-    def _fill_columns(
-        self,
-        panel: Tensor,
-        batch: Batch,
-        begin: int,
-        end: int,
-        scale: Tensor | None,
-        transposed: bool,
-    ) -> None:
-        super()._fill_columns(panel, batch, begin, end, scale, transposed)
-        labels, others = batch.labels, batch.others
-        assert labels is not None
-        assert others is not None
-        values = -(batch.roots * self._root * others)
-        if scale is not None:
-            values = values * scale[labels.flatten().clamp(min=0)]
-        _put_at_labels(panel if transposed else panel.mT, labels, begin, values)
+        """1 − p of the labels [T], summed from the other classes: where p is 1 it would cancel."""
+        none = self._diagonal_part.new_empty(self.shape[0], 0)
+        sums, _ = factor.project(
+            [batch.logits],
+            batch.reference,
+            batch.unit,
+            labels,
+            torch.zeros_like(batch.roots),
+            self._temperature,
+            None,
+            none,
+            True,
+            False,
+            self._precision,
+            self._workspace,
+        )
+        return sums[:, 0]
 
     def _take_over(self, shard: EmpiricalFisher) -> None:
         self._add(shard._batches, self._count + shard._count)
+
+    def _preconditioner(self, damping: float) -> Product:
+        # λ I + U Uᵀ is ill-conditioned by the large eigenvalues of U Uᵀ: a sketch has those. Its
+        # basis, of twice the rank, takes half the memory at most.
+        column_bytes = 4 * self.shape[0] * self.dtype.itemsize
+        most = min(_SKETCH, self.rank, (self._memory or 0) // column_bytes)
+        if most < 1:
+            return super()._preconditioner(damping)
+        sketch = compress(self, most).operator
+        return lambda x: sketch.solve(x, damping)
 
     def _capacitance(self, gram: Tensor, sums: Tensor, damping: float) -> Capacitance:
         return _capacitance.of_sum(gram, self._sign)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,8 @@ from fisherkern import checks
 from fisherkern.operators import _capacitance
 from fisherkern.operators._base import LowRankOperator
 from fisherkern.operators._capacitance import Capacitance
+from fisherkern.ops._kernels import kernels
+from fisherkern.ops.softmax_fisher.factor import PRECISIONS
 
 _DTYPES = (torch.float32, torch.float64)
 
@@ -20,8 +24,7 @@ class DiagonalPlusLowRank(LowRankOperator):
         diagonal: d [n], float32 or float64, not negative.
         factor: U [n, r], the same dtype.
         core: C [r, r], symmetric and positive definite, the same dtype; None: the identity.
-        workspace: bytes for panels; None: 32 MiB on the CPU, 512 MiB on a GPU.
-        precision: of the Gram matrix on CUDA, see :func:`fisherkern.covariance_update_`.
+        precision: of Uᵀ D_λ⁻¹ U and Uᵀ D_λ⁻¹ Y, see :func:`fisherkern.covariance_update_`.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value.
@@ -49,10 +52,10 @@ class DiagonalPlusLowRank(LowRankOperator):
         factor: Tensor,
         core: Tensor | None = None,
         *,
-        workspace: int | None = None,
         precision: str = "tf32x3",
     ) -> None:
-        super().__init__(workspace, precision)
+        super().__init__()
+        self._precision = checks.choice("precision", precision, PRECISIONS)
         d = checks.array("diagonal", diagonal, ("n",), _DTYPES)
         u = checks.array("factor", factor, ("n", "r"), (d.dtype,))
         checks.device("factor", u, d, "diagonal")
@@ -79,13 +82,44 @@ class DiagonalPlusLowRank(LowRankOperator):
         """The columns r of U."""
         return self._columns.shape[1]
 
-    def _fill_panel(
-        self, panel: Tensor, begin: int, end: int, scale: Tensor | None, transposed: bool
+    def _project(
+        self, y: Tensor, scale: Tensor | None = None, *, ones: bool = False, gram: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        u, r = self._columns, self.rank
+        products = u.new_zeros(r, y.shape[1] + ones)
+        gram_matrix = u.new_zeros((r, r) if gram else (0, 0))
+        if u.numel() == 0:
+            return products, gram_matrix
+        serving, one = kernels(u), u.new_ones(1)
+        rows = (u if u.stride(1) == 1 else u.contiguous())[None]
+        how = (None, None if scale is None else scale.contiguous(), one, 0.0)
+        if products.shape[1]:
+            y = y if y.stride(1) == 1 else y.contiguous()
+            serving.cross_update(y[None], rows, *how, ones, "product", self._precision, products)
+        if gram:
+            serving.covariance_update(
+                rows[:, :, None], *how, False, self._precision, gram_matrix[None]
+            )
+        return products, gram_matrix
+
+    def _expand(
+        self,
+        c: Tensor,
+        scale: Tensor | None,
+        alpha: float,
+        y: Tensor,
+        y_scale: Tensor | None,
+        out: Tensor,
     ) -> None:
-        rows = panel.mT if transposed else panel
-        rows.copy_(self._columns[begin:end])
-        if scale is not None:
-            rows.mul_(scale[begin:end, None])
+        product = self._columns @ c
+        product *= alpha if scale is None else alpha * scale[:, None]
+        torch.add(product, y if y_scale is None else y_scale[:, None] * y, out=out)
+
+    def _panels(self, width: int, scale: Tensor | None = None) -> Iterator[tuple[int, int, Tensor]]:
+        yield 0, self.shape[0], self._columns if scale is None else scale[:, None] * self._columns
+
+    def _column_blocks(self, count: int) -> Iterator[Tensor]:
+        yield from self._columns.split(count, 1)
 
     def _capacitance(self, gram: Tensor, sums: Tensor, damping: float) -> Capacitance:
         return _capacitance.of_sum(gram, self._sign)

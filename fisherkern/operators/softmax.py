@@ -14,7 +14,6 @@ from fisherkern.operators._capacitance import Capacitance
 from fisherkern.operators._tokens import TokenOperator
 from fisherkern.ops.softmax_fisher import (
     softmax_fisher_diagonal,
-    softmax_fisher_mean_probs,
     softmax_fisher_sample,
     softmax_fisher_trace,
 )
@@ -34,9 +33,11 @@ class SoftmaxFisher(TokenOperator):
         temperature: τ > 0; p = softmax(z / τ).
         logsumexp: logsumexp(z / τ) [...], if at hand.
         reduction: "mean" divides by N = Σ w (zero where N = 0), "sum" does not.
-        workspace: bytes for panels of U; None: 32 MiB on the CPU, 512 MiB on a GPU. A solve takes
-            it and 20 T² bytes beside inputs and result.
-        precision: of the Gram matrix on CUDA, see :func:`fisherkern.covariance_update_`.
+        workspace: bytes for parts of U; None: 32 MiB on the CPU, 512 MiB on a GPU.
+        precision: of products with U, see :func:`fisherkern.covariance_update_`.
+        memory: bytes that a solve may take beside inputs, result and workspace; None: 2 GiB on the
+            CPU, 8 GiB on a GPU. The Woodbury identity takes 20 T²; where that is more, conjugate
+            gradients solve, as :attr:`path` says.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value.
@@ -66,8 +67,9 @@ class SoftmaxFisher(TokenOperator):
         reduction: str = "mean",
         workspace: int | None = None,
         precision: str = "tf32x3",
+        memory: int | None = None,
     ) -> None:
-        super().__init__(logits, temperature, reduction, workspace, precision)
+        super().__init__(logits, temperature, reduction, workspace, precision, memory)
         self._sum = torch.zeros_like(self._diagonal_part)  # Σ w p
         self.update(logits, mask=mask, weights=weights, logsumexp=logsumexp)
 
@@ -86,10 +88,7 @@ class SoftmaxFisher(TokenOperator):
                 operator is as it was.
         """
         z, w, lse = self._checked(logits, mask, weights, logsumexp)
-        sums = softmax_fisher_mean_probs(
-            z, temperature=self._temperature, weights=w, logsumexp=lse, reduction="sum"
-        )
-        batch = self._batch(z, w, lse, None)
+        batch, sums = self._batch(z, w, lse, None)
         self._sum = self._sum + sums
         self._add([batch], self._count + self._count_of(z, w))
         self._diagonal_part = self._sum * (self._factor / self._temperature**2)

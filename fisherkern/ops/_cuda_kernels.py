@@ -14,7 +14,7 @@ all sums follows from shapes alone. Nothing waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fisherkern.ops._covariance_gate import gate
+from fisherkern.ops._panel_products import Factor, powers
 
 # Bytes of panels and a tile together, where MIN_TOKENS fit.
 WORKSPACE = 64 << 20
@@ -295,6 +296,38 @@ class Kernels:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._native, name)
+
+    def softmax_fisher_powers(self, *operands: Any) -> None:
+        """Σ w p, and what each p is made of."""
+        powers(self, *operands)
+
+    def softmax_fisher_project(
+        self,
+        logits: Sequence[Tensor],
+        reference: Tensor,
+        unit: Tensor,
+        labels: Tensor | None,
+        at_label: Tensor | None,
+        temperature: float,
+        *how: Any,
+    ) -> None:
+        """Uᵀ diag(scale) [y, 1] and the lower triangle of Uᵀ diag(scale) U."""
+        factor = Factor(self, logits, reference, unit, labels, at_label, temperature)
+        factor.project(*how)
+
+    def softmax_fisher_expand(
+        self,
+        logits: Sequence[Tensor],
+        reference: Tensor,
+        unit: Tensor,
+        labels: Tensor | None,
+        at_label: Tensor | None,
+        temperature: float,
+        *how: Any,
+    ) -> None:
+        """diag(y_scale) y + alpha diag(scale) U c."""
+        factor = Factor(self, logits, reference, unit, labels, at_label, temperature)
+        factor.expand(*how)
 
     def covariance_update(
         self,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -128,6 +130,31 @@ def softmax_fisher_mean_probs(
     out.copy_(reference.softmax_fisher_mean_probs(logits, reduction="sum", **common))
 
 
+def softmax_fisher_powers(
+    logits: Tensor,
+    weights: Tensor | None,
+    logsumexp: Tensor | None,
+    temperature: float,
+    sums: Tensor,
+    reference: Tensor | None,
+    unit: Tensor | None,
+) -> None:
+    """Sums [V] = Σ w p; reference and unit [T] with p = unit exp((z − reference) / τ)."""
+    softmax_fisher_mean_probs(logits, weights, logsumexp, temperature, sums)
+    if reference is None or unit is None:
+        return
+    z = logits.double()
+    top = z.amax(-1)
+    lse = torch.logsumexp(z / temperature, -1)
+    if logsumexp is not None:
+        lse = logsumexp.double().view(lse.shape)
+    counts = torch.ones_like(top, dtype=torch.bool)
+    if weights is not None:
+        counts = weights.view(top.shape) != 0
+    reference.copy_(torch.where(counts, top, 0.0).flatten())
+    unit.copy_(torch.where(counts, torch.exp(top / temperature - lse), 0.0).flatten())
+
+
 def softmax_fisher_panel(
     logits: Tensor,
     reference: Tensor,
@@ -147,6 +174,57 @@ def softmax_fisher_panel(
         temperature=temperature,
         scale=scale,
         transposed=transposed,
+    )
+    out.copy_(result)
+
+
+def softmax_fisher_project(
+    logits: Sequence[Tensor],
+    reference: Tensor,
+    unit: Tensor,
+    labels: Tensor | None,
+    at_label: Tensor | None,
+    temperature: float,
+    scale: Tensor | None,
+    y: Tensor,
+    ones: bool,
+    precision: str,
+    workspace: int,
+    out: Tensor,
+    gram: Tensor | None,
+) -> None:
+    """Out [T, K (+ 1)] = Uᵀ diag(scale) [y, 1]; lower triangle of gram = Uᵀ diag(scale) U."""
+    z = torch.cat([part.reshape(-1, part.shape[-1]).double() for part in logits])
+    factor = {"temperature": temperature, "labels": labels, "at_label": at_label}
+    products, squares = softmax_fisher.softmax_fisher_project(
+        z, reference, unit, y, scale=scale, ones=ones, gram=True, **factor
+    )
+    out.copy_(products)
+    if gram is not None:
+        gram.copy_(squares)
+
+
+def softmax_fisher_expand(
+    logits: Sequence[Tensor],
+    reference: Tensor,
+    unit: Tensor,
+    labels: Tensor | None,
+    at_label: Tensor | None,
+    temperature: float,
+    scale: Tensor | None,
+    c: Tensor,
+    alpha: float,
+    y: Tensor | None,
+    y_scale: Tensor | None,
+    precision: str,
+    workspace: int,
+    out: Tensor,
+) -> None:
+    """Out [V, K] = diag(y_scale) y + alpha diag(scale) U c."""
+    z = torch.cat([part.reshape(-1, part.shape[-1]).double() for part in logits])
+    factor = {"temperature": temperature, "labels": labels, "at_label": at_label}
+    result = softmax_fisher.softmax_fisher_expand(
+        z, reference, unit, c, scale=scale, alpha=alpha, y=y, y_scale=y_scale, **factor
     )
     out.copy_(result)
 

@@ -6,7 +6,7 @@ p = softmax(z / τ), w token weights, N = Σ w; F_t = (diag p_t − p_t p_tᵀ) 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -375,3 +375,64 @@ def softmax_fisher_panel(
     panel = torch.where((unit == 0)[..., None], 0.0, unit[..., None] * e)
     panel = (panel if scale is None else panel * scale).flatten(0, -2)
     return (panel.mT if transposed else panel).to(accumulation_dtype(logits.dtype))
+
+
+def softmax_fisher_factor(
+    logits: Tensor,
+    reference: Tensor,
+    unit: Tensor,
+    *,
+    temperature: float = 1.0,
+    labels: Tensor | None = None,
+    at_label: Tensor | None = None,
+) -> Tensor:
+    """Uᵀ [T, V] in float64: u exp((z − r) / τ), but for `at_label` at the label of a token."""
+    panel = softmax_fisher_panel(
+        logits.double(), reference.double(), unit.double(), temperature=temperature
+    )
+    if labels is None or at_label is None:
+        return panel
+    classes = torch.arange(logits.shape[-1], device=logits.device)
+    here = labels.reshape(-1, 1) == classes
+    return torch.where(here, at_label.double().reshape(-1, 1), panel)
+
+
+def softmax_fisher_project(
+    logits: Tensor,
+    reference: Tensor,
+    unit: Tensor,
+    y: Tensor,
+    *,
+    scale: Tensor | None = None,
+    ones: bool = False,
+    gram: bool = False,
+    **factor: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Uᵀ diag(s) [Y, 1 if `ones`], and the lower triangle of Uᵀ diag(s) U if `gram`."""
+    u = softmax_fisher_factor(logits, reference, unit, **factor)
+    y = y.double()
+    y = torch.cat([y, y.new_ones(len(y), 1)], 1) if ones else y
+    scaled = u if scale is None else u * scale.double()
+    dtype = accumulation_dtype(logits.dtype)
+    out = (scaled @ y).to(dtype)
+    return (out, (scaled @ u.mT).tril().to(dtype)) if gram else out
+
+
+def softmax_fisher_expand(
+    logits: Tensor,
+    reference: Tensor,
+    unit: Tensor,
+    c: Tensor,
+    *,
+    scale: Tensor | None = None,
+    alpha: float = 1.0,
+    y: Tensor | None = None,
+    y_scale: Tensor | None = None,
+    **factor: Any,
+) -> Tensor:
+    """diag(s_y) Y + α diag(s) U C."""
+    out = alpha * (softmax_fisher_factor(logits, reference, unit, **factor).mT @ c.double())
+    out = out if scale is None else scale.double()[:, None] * out
+    if y is not None:
+        out = out + (y.double() if y_scale is None else y_scale.double()[:, None] * y.double())
+    return out.to(accumulation_dtype(logits.dtype))

@@ -11,6 +11,11 @@ from fisherkern.kernels.softmax_fisher_diagonals import (
     softmax_fisher_diagonal_sum,
     softmax_fisher_mean_probs,
 )
+from fisherkern.kernels.softmax_fisher_factor import (
+    softmax_fisher_expand,
+    softmax_fisher_powers,
+    softmax_fisher_project,
+)
 from fisherkern.kernels.softmax_fisher_gradients import (
     softmax_fisher_gradient,
     softmax_fisher_sample,
@@ -32,11 +37,14 @@ __all__ = [
     "mirror",
     "softmax_fisher_diagonal",
     "softmax_fisher_diagonal_sum",
+    "softmax_fisher_expand",
     "softmax_fisher_gradient",
     "softmax_fisher_matvec",
     "softmax_fisher_matvec_backward",
     "softmax_fisher_mean_probs",
     "softmax_fisher_panel",
+    "softmax_fisher_powers",
+    "softmax_fisher_project",
     "softmax_fisher_quadratic",
     "softmax_fisher_sample",
     "softmax_fisher_sqrt_matvec",

@@ -175,10 +175,6 @@ def test_bad_input() -> None:
         DiagonalPlusLowRank(d, u, core[:2, :2])
     with pytest.raises(ValueError, match="precision is 'half'"):
         DiagonalPlusLowRank(d, u, precision="half")
-    with pytest.raises(TypeError, match="workspace has type float"):
-        DiagonalPlusLowRank(d, u, workspace=1e6)
-    with pytest.raises(ValueError, match="workspace is 0; allowed are"):
-        DiagonalPlusLowRank(d, u, workspace=0)
     with pytest.raises(ValueError, match="labels holds 9; allowed are 0 to 2"):
         fk.EmpiricalFisher(torch.zeros(2, 3), torch.tensor([0, 9]))
     K = Kronecker(torch.eye(2), torch.eye(3))

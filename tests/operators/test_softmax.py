@@ -289,3 +289,29 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match="mask and weights"):
         F.update(logits(2, 20, 1.0), mask=torch.ones(2).bool(), weights=torch.ones(2))
     assert torch.equal(F @ block(20), before)
+
+
+def test_solve_into_a_destination(backend: str) -> None:
+    V = 200
+    F, y = operator(logits(30, V, 2.0), weights(30)), block(V)
+    expected = F.solve(y, 1e-3)
+    out = torch.empty_like(y)
+    assert F.solve(y, 1e-3, out=out) is out
+    assert torch.equal(out, expected)
+    # a destination with gaps, and y itself
+    wide = torch.zeros(V, 9, device=y.device)
+    F.solve(y, 1e-3, out=wide[:, 2:7])
+    assert torch.equal(wide[:, 2:7], expected)
+    assert bool((wide[:, :2] == 0).all())
+    assert bool((wide[:, 7:] == 0).all())
+    column, expected_column = y[:, 1].clone(), F.solve(y[:, 1], 1e-3)
+    F.solve(column, 1e-3, out=column)
+    assert torch.equal(column, expected_column)
+    assert F.solve(y, 1e-3, out=y) is y
+    assert torch.equal(y, expected)
+    with pytest.raises(ValueError, match=r"out has shape \[200, 4\]; expected that of y"):
+        F.solve(y, 1e-3, out=y[:, :4])
+    with pytest.raises(ValueError, match="out overlaps y in memory"):
+        F.solve(wide[:, :5], 1e-3, out=wide[:, 1:6])
+    with pytest.raises(TypeError, match=r"out has dtype torch\.float64"):
+        F.solve(y, 1e-3, out=y.double())

@@ -61,6 +61,13 @@ def raw_arguments(dtype: torch.dtype) -> dict[str, tuple[Any, dict[str, Tensor]]
     calls["softmax_fisher_panel"] = ((*panel, False), {})
     out = torch.zeros(V, T, dtype=w.dtype, device=DEVICE)
     calls["softmax_fisher_panel.out"] = ((*panel, True), {"out": out})
+    factor = ([rows(0), rows(1)], torch.cat([w, w]), torch.cat([w, w]))
+    at_labels = (torch.cat([labels, labels]), torch.cat([w, w]), 1.3, per_class + 0.5)
+    how = ("tf32x3", 1 << 20)
+    y = torch.ones(V, 3, dtype=w.dtype, device=DEVICE)
+    c = torch.ones(2 * T, 3, dtype=w.dtype, device=DEVICE)
+    calls["softmax_fisher_project"] = ((*factor, *at_labels, y, True, True, *how), {})
+    calls["softmax_fisher_expand"] = ((*factor, *at_labels, c, 0.5, y, per_class, *how), {})
     for name in ("matvec", "sqrt_matvec", "sqrt_rmatvec"):
         product = f"softmax_fisher_{name}"
         calls[product] = ((g, rows(1, True), w, None, 1.3), {})

@@ -4,6 +4,10 @@ from fisherkern.ops.softmax_fisher.diagonals import (
     softmax_fisher_diagonal,
     softmax_fisher_mean_probs,
 )
+from fisherkern.ops.softmax_fisher.factor import (
+    softmax_fisher_expand,
+    softmax_fisher_project,
+)
 from fisherkern.ops.softmax_fisher.gradients import (
     SoftmaxFisherSample,
     softmax_fisher_gradient,
@@ -25,11 +29,13 @@ __all__ = [
     "SoftmaxFisherSample",
     "SoftmaxFisherStats",
     "softmax_fisher_diagonal",
+    "softmax_fisher_expand",
     "softmax_fisher_gradient",
     "softmax_fisher_gradient_",
     "softmax_fisher_matvec",
     "softmax_fisher_mean_probs",
     "softmax_fisher_panel",
+    "softmax_fisher_project",
     "softmax_fisher_quadratic",
     "softmax_fisher_sample",
     "softmax_fisher_sample_",

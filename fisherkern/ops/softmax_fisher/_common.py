@@ -58,7 +58,8 @@ def reduce_tokens(values: Tensor, tokens: Tokens, logits: Tensor, reduction: str
 
 def flat(value: Tensor | None) -> Tensor | None:
     """A per-token tensor as the contiguous [T] that kernels take."""
-    return None if value is None else value.reshape(-1)
+    # the statistics of one call are columns of one tensor, and come back as operands of another
+    return None if value is None else value.reshape(-1).contiguous()
 
 
 def row_output(logits: Tensor) -> Tensor:

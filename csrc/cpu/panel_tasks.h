@@ -1,0 +1,100 @@
+// How work on panels is shared out among threads, and where panels live.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "panel_product.h"
+
+namespace fisherkern {
+
+inline int64_t rounded_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+// Runs task(i) for i in [0, count); a thread takes the next as soon as it is free.
+template <class Task>
+void share_out(int64_t count, Task&& task) {
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, count, 1, [&](int64_t, int64_t) {
+    for (int64_t i; (i = next++) < count;) task(i);
+  });
+}
+
+// Bytes on cache lines, not initialised. Many are on pages of 2 MiB if the system has them: products
+// go to and fro in them, past what a translation buffer holds.
+class PanelMemory {
+ public:
+  explicit PanelMemory(int64_t bytes = 0) { reserve(bytes); }
+
+  // At least so many; what was there is lost.
+  void reserve(int64_t bytes) {
+    if (bytes <= bytes_) return;
+    const int64_t alignment = bytes < kPage ? kLine : kPage;
+    bytes_ = rounded_up(bytes, alignment);
+    memory_.reset(static_cast<char*>(std::aligned_alloc(alignment, bytes_)));
+    if (!memory_) throw std::bad_alloc();
+#if defined(__linux__)
+    if (alignment == kPage) madvise(memory_.get(), bytes_, MADV_HUGEPAGE);
+#endif
+  }
+  char* data() const { return memory_.get(); }
+
+ private:
+  static constexpr int64_t kLine = 64, kPage = 2 << 20;
+  struct Free {
+    void operator()(char* memory) const { std::free(memory); }
+  };
+  std::unique_ptr<char, Free> memory_;
+  int64_t bytes_ = 0;
+};
+
+// The bounds of segments of `count` tokens in all.
+inline std::vector<int64_t> segments_of(int64_t count, int64_t segment) {
+  std::vector<int64_t> bounds{0};
+  for (int64_t at = 0; at < count; at += segment) bounds.push_back(std::min(at + segment, count));
+  return bounds;
+}
+
+// Products whose panels are ready, their tiles shared out. Where there are few tiles the tokens are
+// shared out too, whatever the number of threads.
+inline void multiply(const PanelKernels& kernels, std::vector<PanelProduct> products, bool wide) {
+  constexpr int64_t kTasks = 16;
+  int64_t tiles = 0;
+  for (const PanelProduct& p : products) tiles += kernels.tile_count(p);
+  std::vector<PanelMemory> partial(products.size());
+  std::vector<int64_t> first_task{0};
+  for (size_t i = 0; i < products.size(); ++i) {
+    PanelProduct& p = products[i];
+    p.splits = std::clamp<int64_t>(kTasks / std::max<int64_t>(tiles, 1), 1,
+                                   std::max<int64_t>(p.segment_count / 4, 1));
+    if (p.splits > 1) {
+      partial[i].reserve(p.splits * p.heads * p.rows * p.columns *
+                         (wide ? sizeof(double) : sizeof(float)));
+      p.partial = partial[i].data();
+    }
+    first_task.push_back(first_task.back() + kernels.tile_count(p) * p.splits);
+  }
+  share_out(first_task.back(), [&](int64_t task) {
+    size_t i = 0;
+    while (task >= first_task[i + 1]) ++i;
+    kernels.multiply_tile(products[i], task - first_task[i]);
+  });
+  for (const PanelProduct& p : products) {
+    if (p.splits == 1) continue;
+    torch::stable::parallel_for(
+        0, p.heads * p.rows, 64,
+        [&](int64_t first, int64_t last) { kernels.add_splits(p, first, last); });
+  }
+}
+
+}  // namespace fisherkern

@@ -1,0 +1,300 @@
+// Products with the factor U of the mean Fisher: panels of probabilities are made from logits, packed
+// and multiplied while they are in the cache.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "../checks.h"
+#include "capability.h"
+#include "panel_product.h"
+#include "panel_tasks.h"
+#include "softmax_fisher.h"
+
+namespace fisherkern {
+namespace {
+
+using Optional = std::optional<Tensor>;
+
+// Bytes of packed panels that the caches hold.
+constexpr int64_t kCachedBytes = 8 << 20;
+
+// U [V, T] of the tokens of several batches.
+class TokenFactor {
+ public:
+  TokenFactor(const std::vector<Tensor>& logits, const Tensor& reference, const Tensor& unit,
+              const Optional& labels, const Optional& at_label, double temperature)
+      : wide_(logits.at(0).scalar_type() == ScalarType::Double),
+        classes_(logits[0].size(2)),
+        kernel_(FISHERKERN_KERNEL(panel)) {
+    const int64_t width = wide_ ? sizeof(double) : sizeof(float);
+    for (const Tensor& z : logits) {
+      SoftmaxFisherPanel p{};
+      p.rows = problem_of(z, {}, {}, {}, temperature);
+      STD_TORCH_CHECK(p.rows.classes == classes_ &&
+                          (z.scalar_type() == ScalarType::Double) == wide_,
+                      "logits must have one number of classes and one accumulation type");
+      batches_.push_back(p);
+      first_.push_back(first_.back() + p.rows.batches * p.rows.tokens);
+    }
+    const int64_t T = tokens();
+    const auto* references = static_cast<char*>(flat_of(reference, logits[0], T, "reference"));
+    const auto* units = static_cast<char*>(flat_of(unit, logits[0], T, "unit"));
+    for (size_t i = 0; i < batches_.size(); ++i) {
+      SoftmaxFisherPanel& p = batches_[i];
+      p.reference = references + first_[i] * width;
+      p.rows.weights = units + first_[i] * width;
+      if (!labels) continue;
+      p.labels = static_cast<const int64_t*>(
+                     flat_of(*labels, logits[0], T, "labels", ScalarType::Long)) + first_[i];
+      p.at_label =
+          static_cast<char*>(flat_of(*at_label, logits[0], T, "at_label")) + first_[i] * width;
+    }
+  }
+
+  bool wide() const { return wide_; }
+  int64_t tokens() const { return first_.back(); }
+  int64_t classes() const { return classes_; }
+  int64_t width() const { return wide_ ? sizeof(double) : sizeof(float); }
+
+  // These tokens and classes of U, [classes][stride] by class, or else [tokens][stride].
+  void fill(int64_t first_token, int64_t last_token, int64_t first_class, int64_t last_class,
+            bool by_class, void* out, int64_t stride) const {
+    for (size_t i = 0; i < batches_.size(); ++i) {
+      const int64_t first = std::max(first_token, first_[i]);
+      const int64_t last = std::min(last_token, first_[i + 1]);
+      if (first >= last) continue;
+      SoftmaxFisherPanel p = batches_[i];
+      p.transposed = by_class;
+      p.stride = stride;
+      p.out = static_cast<char*>(out) + (first - first_token) * (by_class ? 1 : stride) * width();
+      kernel_(p, first - first_[i], last - first_[i], first_class, last_class);
+    }
+  }
+
+ private:
+  bool wide_;
+  int64_t classes_;
+  decltype(FISHERKERN_KERNEL(panel)) kernel_;
+  std::vector<SoftmaxFisherPanel> batches_;
+  std::vector<int64_t> first_{0};  // token of each batch
+};
+
+const PanelKernels& kernels_for(bool wide, const std::string& precision) {
+#if defined(FISHERKERN_AMX)
+  if (capability() == Capability::amx && !wide && precision != "ieee")
+    return amx::split_panel_kernels();
+#endif
+  return FISHERKERN_KERNEL(panel_kernels)(wide);
+}
+
+// A matrix [rows][columns] to pack.
+Activations matrix(const void* data, int64_t columns, int64_t stride, bool wide) {
+  Activations a{};
+  a.data = data;
+  a.dtype = wide ? DType::float64 : DType::float32;
+  a.tokens = INT64_MAX;
+  a.heads = 1;
+  a.columns = columns;
+  a.token_stride = stride;
+  return a;
+}
+
+Activations block_of(const Tensor& y, const char* name, int64_t rows, bool wide) {
+  STD_TORCH_CHECK(y.dim() == 2 && y.size(0) == rows && (y.size(1) <= 1 || y.stride(1) == 1) &&
+                      y.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float),
+                  name, " must be [", rows, ", k] in the accumulation type, its columns adjacent");
+  return matrix(y.data_ptr(), y.size(1), y.stride(0), wide);
+}
+
+// The rows from `row` on.
+Activations from_row(Activations a, int64_t row) {
+  a.data = static_cast<const char*>(a.data) +
+           row * a.token_stride * (a.dtype == DType::float64 ? sizeof(double) : sizeof(float));
+  return a;
+}
+
+// The panel from a slice and a token on; the token is a multiple of the token block.
+Panel part_of(const PanelKernels& kernels, Panel panel, int64_t slice, int64_t token) {
+  panel.data = static_cast<char*>(panel.data) +
+               (slice * panel.capacity + token) * kernels.slice_width * kernels.element_bytes;
+  return panel;
+}
+
+// out <- U^T diag(scale) [y, 1] and the lower triangle of gram <- U^T diag(scale) U, some classes at
+// a time. Both sides get the roots of the scale: one panel of U then serves both.
+void project(std::vector<Tensor> logits, const Tensor& reference, const Tensor& unit,
+             const Optional& labels, const Optional& at_label, double temperature,
+             const Optional& scale, const Tensor& y, bool ones, std::string precision,
+             int64_t workspace, Tensor out, Optional gram) {
+  const TokenFactor factor(logits, reference, unit, labels, at_label, temperature);
+  const bool wide = factor.wide();
+  const int64_t T = factor.tokens(), V = factor.classes();
+  Activations block = block_of(y, "y", V, wide);
+  block.bias = ones;
+  const int64_t K = block.width();
+  flat_of(out, logits[0], T * K, "out");
+  if (gram) flat_of(*gram, logits[0], T * T, "gram");
+  std::vector<double> roots(scale ? V : 0);
+  if (scale) {
+    const void* values = flat_of(*scale, logits[0], V, "scale");
+    for (int64_t c = 0; c < V; ++c)
+      roots[c] = std::sqrt(wide ? static_cast<const double*>(values)[c]
+                                : static_cast<const float*>(values)[c]);
+  }
+
+  const PanelKernels& kernels = kernels_for(wide, precision);
+  const int64_t W = kernels.slice_width, bytes = W * kernels.element_bytes;
+  const int64_t token_slices = (T + W - 1) / W, column_slices = (K + W - 1) / W;
+  const bool twice = gram && !kernels.sides_alike;
+  const int64_t slices = token_slices * (twice ? 2 : 1) + column_slices;
+  // whole segments, which are whole blocks of tokens
+  int64_t capacity = std::min(workspace, kCachedBytes) / (slices * bytes);
+  capacity = std::max(capacity / kernels.segment, int64_t{1}) * kernels.segment;
+  capacity = std::min(capacity, rounded_up(V, kernels.token_block));
+  const PanelMemory memory(capacity * slices * bytes);
+  const Panel left{memory.data(), capacity};
+  const Panel block_panel = part_of(kernels, left, token_slices, 0);
+  const Panel right = twice ? part_of(kernels, block_panel, column_slices, 0) : left;
+
+  std::vector<PanelProduct> products;
+  auto add = [&](Tensor& factor, const Panel& other, int64_t columns, bool triangular) {
+    PanelProduct p{};
+    p.left = left;
+    p.right = other;
+    p.rows = T;
+    p.columns = columns;
+    p.heads = 1;
+    p.triangular = triangular;
+    p.factor = factor.data_ptr();
+    p.row_stride = columns;
+    p.alpha = 1;
+    products.push_back(p);
+  };
+  if (gram) add(*gram, right, T, true);
+  if (K) add(out, block_panel, K, false);
+
+  // a thread fills and packs so many classes of a group of slices at a time
+  constexpr int64_t kClasses = 256;
+  const int64_t group = std::max<int64_t>(1, 96 / W), groups = (token_slices + group - 1) / group;
+  for (int64_t begin = 0; begin < V; begin += capacity) {
+    const int64_t count = std::min(capacity, V - begin);
+    const int64_t parts = (count + kClasses - 1) / kClasses;
+    const double* const weights = scale ? roots.data() + begin : nullptr;
+    share_out(parts * (groups + (K > 0)), [&](int64_t task) {
+      const int64_t first = task % parts * kClasses, last = std::min(first + kClasses, count);
+      const int64_t slice = task / parts * group;
+      const TokenList list{nullptr, weights ? weights + first : nullptr, last - first};
+      if (slice >= token_slices) {
+        kernels.pack(from_row(block, begin + first), list,
+                     part_of(kernels, block_panel, 0, first), false, 0, last - first);
+        return;
+      }
+      const int64_t token = slice * W, tokens = std::min(group * W, T - token);
+      static thread_local PanelMemory buffer;
+      buffer.reserve(kClasses * group * W * factor.width());
+      factor.fill(token, token + tokens, begin + first, begin + last, true, buffer.data(),
+                  group * W);
+      const Activations made = matrix(buffer.data(), tokens, group * W, wide);
+      kernels.pack(made, list, part_of(kernels, left, slice, first), true, 0, last - first);
+      if (twice)
+        kernels.pack(made, list, part_of(kernels, right, slice, first), false, 0, last - first);
+    });
+    const auto segments = segments_of(count, kernels.segment);
+    for (PanelProduct& p : products) {
+      p.segments = segments.data();
+      p.segment_count = static_cast<int64_t>(segments.size()) - 1;
+    }
+    multiply(kernels, products, wide);
+    for (PanelProduct& p : products) p.beta = 1;
+  }
+}
+
+// out <- diag(y_scale) y + alpha diag(scale) U c: the coefficients are packed once, a thread makes the
+// panel of some classes for itself.
+void expand(std::vector<Tensor> logits, const Tensor& reference, const Tensor& unit,
+            const Optional& labels, const Optional& at_label, double temperature,
+            const Optional& scale, const Tensor& c, double alpha, const Optional& y,
+            const Optional& y_scale, std::string precision, int64_t workspace, Tensor out) {
+  const TokenFactor factor(logits, reference, unit, labels, at_label, temperature);
+  const bool wide = factor.wide();
+  const int64_t T = factor.tokens(), V = factor.classes();
+  const Activations coefficients = block_of(c, "c", T, wide);
+  const int64_t K = coefficients.columns;
+  flat_of(out, logits[0], V * K, "out");
+  PanelProduct product{};
+  product.columns = K;
+  product.heads = 1;
+  product.splits = 1;
+  product.row_stride = K;
+  product.alpha = alpha;
+  const void* const rows = scale ? flat_of(*scale, logits[0], V, "scale") : nullptr;
+  const Activations addend = y ? block_of(*y, "y", V, wide) : Activations{};
+  const void* const addends = y_scale ? flat_of(*y_scale, logits[0], V, "y_scale") : nullptr;
+
+  const PanelKernels& kernels = kernels_for(wide, precision);
+  const int64_t W = kernels.slice_width, bytes = W * kernels.element_bytes;
+  const int64_t column_slices = (K + W - 1) / W;
+  // the classes of a panel: those of a tile
+  const int64_t slices = std::max<int64_t>(1, 192 / W), classes = slices * W;
+  // tokens of a panel, of one of which each thread has its own
+  constexpr int64_t kThreads = 8;
+  int64_t capacity = workspace / ((column_slices + kThreads * slices) * bytes);
+  capacity = std::max(capacity / kernels.segment, int64_t{1}) * kernels.segment;
+  capacity = std::min(capacity, rounded_up(T, kernels.token_block));
+  const PanelMemory memory(capacity * column_slices * bytes);
+  const Panel right{memory.data(), capacity};
+
+  constexpr int64_t kTokens = 64;  // that a thread fills and packs at a time
+  for (int64_t begin = 0; begin < T; begin += capacity) {
+    const int64_t count = std::min(capacity, T - begin);
+    share_out((count + kTokens - 1) / kTokens, [&](int64_t part) {
+      const int64_t first = part * kTokens, last = std::min(first + kTokens, count);
+      kernels.pack(from_row(coefficients, begin + first), {nullptr, nullptr, last - first},
+                   part_of(kernels, right, 0, first), false, 0, last - first);
+    });
+    const auto segments = segments_of(count, kernels.segment);
+    share_out((V + classes - 1) / classes, [&](int64_t task) {
+      const int64_t first_class = task * classes, last_class = std::min(first_class + classes, V);
+      static thread_local PanelMemory buffer, own;
+      buffer.reserve(kTokens * classes * factor.width());
+      own.reserve(capacity * slices * bytes);
+      PanelProduct p = product;
+      p.left = {own.data(), capacity};
+      p.right = right;
+      p.rows = last_class - first_class;
+      p.segments = segments.data();
+      p.segment_count = static_cast<int64_t>(segments.size()) - 1;
+      p.factor = static_cast<char*>(out.data_ptr()) + first_class * K * factor.width();
+      auto of_classes = [&](const void* values) -> const void* {
+        return values ? static_cast<const char*>(values) + first_class * factor.width() : nullptr;
+      };
+      p.row_scale = of_classes(rows);
+      if (begin > 0) {
+        p.beta = 1;
+      } else if (y) {
+        p.addend = from_row(addend, first_class).data;
+        p.addend_stride = addend.token_stride;
+        p.addend_scale = of_classes(addends);
+      }
+      for (int64_t first = 0; first < count; first += kTokens) {
+        const int64_t last = std::min(first + kTokens, count);
+        factor.fill(begin + first, begin + last, first_class, last_class, false, buffer.data(),
+                    classes);
+        kernels.pack(matrix(buffer.data(), p.rows, classes, wide), {nullptr, nullptr, last - first},
+                     part_of(kernels, p.left, 0, first), true, 0, last - first);
+      }
+      for (int64_t tile = 0; tile < kernels.tile_count(p); ++tile) kernels.multiply_tile(p, tile);
+    });
+  }
+}
+
+}  // namespace
+}  // namespace fisherkern
+
+STABLE_TORCH_LIBRARY_IMPL(fisherkern_native, CPU, m) {
+  m.impl("softmax_fisher_project", TORCH_BOX(&fisherkern::project));
+  m.impl("softmax_fisher_expand", TORCH_BOX(&fisherkern::expand));
+}

@@ -1,0 +1,485 @@
+"""Products with the factor U of the mean Fisher, [V, T], whose entries never leave the registers.
+
+u_t exp((z − r_t) / τ), but `at_label` at the label: a tile is made from the logits and multiplied
+on the matrix units at once. Up to 128 columns of the other operand share one read of the logits; it
+comes from L2, as programs side by side walk through it together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fisherkern.kernels._common import exponential, rate, row_offset
+from fisherkern.kernels._config import architecture, on_device
+from fisherkern.kernels._covariance_common import outer_products
+from fisherkern.kernels.covariance import covariance_update
+from fisherkern.kernels.softmax_fisher_diagonals import softmax_fisher_mean_probs
+from fisherkern.kernels.softmax_fisher_panel import softmax_fisher_panel
+from fisherkern.kernels.softmax_fisher_stats import softmax_fisher_stats
+from fisherkern.ops._panel_products import Factor, powers
+
+
+class Launch(NamedTuple):
+    """Parameters of one compiled kernel, but for its columns."""
+
+    tokens: int
+    """Tokens of a tile of U."""
+    classes: int
+    """Classes of a tile of U."""
+    warps: int
+    stages: int
+
+
+class Rule(NamedTuple):
+    """A launch and the largest tile of columns that it is for."""
+
+    columns: int
+    launch: Launch
+
+
+# Columns of a program: a power of two. The least is what the matrix units take.
+LEAST_COLUMNS = 16
+MOST_COLUMNS = 128
+
+# As compiled, not as measured: registers and shared memory decide. "unaligned" is for rows of
+# logits that do not begin at multiples of 16 bytes, such as those of 50257 classes: every thread
+# then has parts of many rows, and what it keeps per row takes registers.
+#
+# Stages of `project` are tiles on their way. Those of `expand` are spent twice, as a row is read
+# once its unit is known: five keep two tiles on their way.
+_SM_90 = {
+    "project": {
+        "tf32": (
+            Rule(32, Launch(64, 64, 4, 3)),
+            Rule(64, Launch(64, 32, 4, 4)),
+            Rule(128, Launch(128, 32, 8, 3)),
+        ),
+        "tf32 unaligned": (Rule(128, Launch(64, 32, 8, 3)),),
+        "tf32x3": (
+            Rule(32, Launch(64, 32, 4, 3)),
+            Rule(64, Launch(64, 32, 4, 3)),
+            Rule(128, Launch(128, 32, 8, 3)),
+        ),
+        "tf32x3 unaligned": (
+            Rule(64, Launch(64, 32, 8, 3)),
+            Rule(128, Launch(64, 16, 8, 3)),
+        ),
+        "ieee": (
+            Rule(32, Launch(64, 32, 8, 3)),
+            Rule(64, Launch(64, 16, 4, 3)),
+            Rule(128, Launch(64, 16, 8, 3)),
+        ),
+    },
+    "expand": {
+        "tf32": (Rule(64, Launch(32, 64, 4, 5)), Rule(128, Launch(32, 64, 8, 5))),
+        "tf32 unaligned": (Rule(64, Launch(32, 64, 4, 3)), Rule(128, Launch(32, 64, 8, 3))),
+        "tf32x3": (Rule(64, Launch(32, 64, 4, 5)), Rule(128, Launch(32, 64, 8, 5))),
+        "tf32x3 unaligned": (Rule(64, Launch(32, 64, 4, 3)), Rule(128, Launch(32, 64, 8, 3))),
+        "ieee": (Rule(128, Launch(16, 64, 8, 3)),),
+    },
+}
+# Both operands of mma.sync pass through registers: narrower tiles.
+_SM_80 = {
+    "project": {
+        "tf32": (Rule(128, Launch(64, 32, 8, 3)),),
+        "tf32 unaligned": (Rule(128, Launch(64, 32, 8, 3)),),
+        "tf32x3": (
+            Rule(32, Launch(64, 32, 4, 3)),
+            Rule(64, Launch(64, 16, 4, 4)),
+            Rule(128, Launch(64, 32, 8, 3)),
+        ),
+        "tf32x3 unaligned": (Rule(64, Launch(64, 16, 4, 4)), Rule(128, Launch(64, 16, 8, 4))),
+        "ieee": (Rule(32, Launch(64, 32, 8, 3)), Rule(128, Launch(64, 16, 8, 3))),
+    },
+    "expand": {
+        "tf32": (Rule(64, Launch(32, 64, 4, 5)), Rule(128, Launch(32, 64, 8, 5))),
+        "tf32 unaligned": (Rule(64, Launch(32, 64, 4, 3)), Rule(128, Launch(32, 64, 8, 3))),
+        "tf32x3": (Rule(32, Launch(32, 64, 4, 5)), Rule(128, Launch(32, 64, 8, 5))),
+        "tf32x3 unaligned": (
+            Rule(32, Launch(32, 64, 4, 3)),
+            Rule(64, Launch(32, 64, 8, 3)),
+            Rule(128, Launch(16, 64, 8, 3)),
+        ),
+        "ieee": (Rule(128, Launch(16, 64, 8, 3)),),
+    },
+}
+# Small tiles, so that a test of a hundred classes runs through several.
+_INTERPRETER = {
+    family: {
+        arithmetic: (Rule(128, Launch(32, 32, 4, 1)),) for arithmetic in ("tf32", "tf32x3", "ieee")
+    }
+    for family in ("project", "expand")
+}
+
+LAUNCHES = {"sm_80": _SM_80, "sm_90": _SM_90, "interpreter": _INTERPRETER}
+
+# Programs of `project` that share the classes of few tokens: four per multiprocessor of an A100 or
+# H100. It depends on the architecture alone: so does the order of a sum, and its last bit.
+PROGRAMS = {"sm_80": 432, "sm_90": 528, "interpreter": 12}
+# The fewest classes of one: with less, writing and adding its sums would cost as much.
+CLASSES_PER_SPLIT = {"sm_80": 512, "sm_90": 512, "interpreter": 32}
+
+
+@triton.jit
+def units(reference_ptr, unit_ptr, token, tokens):
+    """Reference and unit of tokens; both zero where the unit is, and past the last token."""
+    unit = tl.load(unit_ptr + token, mask=token < tokens, other=0.0)
+    reference = tl.load(reference_ptr + token, mask=token < tokens, other=0.0)
+    # its rows are not read, and what a reference made of them must not reach the product
+    return tl.where(unit == 0, 0.0, reference), unit
+
+
+@triton.jit
+def labels_of(labels_ptr, at_label_ptr, token, tokens, classes):
+    """Label of each token, -1 where it is no class or there are none, and the entry there."""
+    if labels_ptr is None:
+        nothing = tl.zeros_like(token)
+        return nothing - 1, nothing.to(tl.float32)
+    else:
+        label = tl.load(labels_ptr + token, mask=token < tokens, other=-1)
+        label = tl.where((label >= 0) & (label < classes), label, -1).to(tl.int32)
+        return label, tl.load(at_label_ptr + token, mask=token < tokens, other=0.0)
+
+
+@triton.jit
+def entries(z, reference, unit, labels_ptr, label, at_label, column, scale, scale_low):
+    """U of a tile of logits; all that is per token or class has the orientation of the tile.
+
+    Logits that were not read are −inf: their exponential, and so their entry, is zero.
+    """
+    u = exponential(z.to(tl.float32), reference, scale, scale_low) * unit
+    if labels_ptr is not None:
+        u = tl.where(column == label, at_label, u)
+    return u
+
+
+@triton.jit
+def project_kernel(
+    z_ptr,
+    reference_ptr,
+    unit_ptr,
+    labels_ptr,
+    at_label_ptr,
+    scale_ptr,
+    y_ptr,
+    out_ptr,
+    inner,
+    z_outer,
+    z_inner,
+    tokens,
+    classes,
+    classes_per_split,
+    width,
+    y_row,
+    out_split,
+    out_row,
+    scale,
+    scale_low,
+    ONES: tl.constexpr,
+    ARITHMETIC: tl.constexpr,
+    TOKENS: tl.constexpr,
+    CLASSES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """A tile of Uᵀ diag(scale) [y, 1], summed over the classes of one split."""
+    blocks = tl.maximum(tl.cdiv(width, COLUMNS), 1)
+    # those that read the same logits are neighbours
+    block = tl.program_id(0) % blocks
+    split = tl.program_id(1)
+    token = tl.program_id(0) // blocks * TOKENS + tl.arange(0, TOKENS)
+    k = block * COLUMNS + tl.arange(0, COLUMNS)
+    reference, unit = units(reference_ptr, unit_ptr, token, tokens)
+    label, at_label = labels_of(labels_ptr, at_label_ptr, token, tokens, classes)
+    row = z_ptr + row_offset(token, inner, z_outer, z_inner)
+    first = split * classes_per_split
+    last = tl.minimum(first + classes_per_split, classes)
+    acc = tl.zeros([TOKENS, COLUMNS], tl.float32)
+    sums = tl.zeros([TOKENS], tl.float32)
+    for start in range(first, last, CLASSES):
+        column = start + tl.arange(0, CLASSES)
+        # a split is whole tiles: the bound that vector loads can have is that of all classes
+        counts = (column < classes)[None, :] & (unit != 0)[:, None]
+        z = tl.load(row[:, None] + column[None, :], mask=counts, other=float("-inf"))
+        u = entries(
+            z,
+            reference[:, None],
+            unit[:, None],
+            labels_ptr,
+            label[:, None],
+            at_label[:, None],
+            column[None, :],
+            scale,
+            scale_low,
+        )
+        if scale_ptr is not None:
+            u *= tl.load(scale_ptr + column, mask=column < classes, other=0.0)[None, :]
+        if ONES:
+            sums += tl.sum(u, 1)
+        y = tl.load(
+            y_ptr + column[:, None].to(tl.int64) * y_row + k[None, :],
+            mask=(column < classes)[:, None] & (k < width)[None, :],
+            other=0.0,
+        )
+        acc = outer_products(acc, u, y, None, False, ARITHMETIC)
+    to = out_ptr + split.to(tl.int64) * out_split + token.to(tl.int64) * out_row
+    inside = (token < tokens)[:, None] & (k < width)[None, :]
+    tl.store(to[:, None] + k[None, :], acc, mask=inside)
+    if ONES and block == 0:
+        tl.store(to + width, sums, mask=token < tokens)
+
+
+@triton.jit
+def expand_kernel(
+    z_ptr,
+    reference_ptr,
+    unit_ptr,
+    labels_ptr,
+    at_label_ptr,
+    scale_ptr,
+    c_ptr,
+    y_ptr,
+    y_scale_ptr,
+    out_ptr,
+    inner,
+    z_outer,
+    z_inner,
+    tokens,
+    classes,
+    width,
+    c_row,
+    y_row,
+    out_row,
+    alpha,
+    scale,
+    scale_low,
+    ARITHMETIC: tl.constexpr,
+    TOKENS: tl.constexpr,
+    CLASSES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """A tile of diag(y_scale) y + alpha diag(scale) U c; y may be out."""
+    blocks = tl.cdiv(width, COLUMNS)
+    column = tl.program_id(0) // blocks * CLASSES + tl.arange(0, CLASSES)
+    k = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
+    acc = tl.zeros([CLASSES, COLUMNS], tl.float32)
+    for start in range(0, tokens, TOKENS):
+        token = start + tl.arange(0, TOKENS)
+        reference, unit = units(reference_ptr, unit_ptr, token, tokens)
+        label, at_label = labels_of(labels_ptr, at_label_ptr, token, tokens, classes)
+        row = z_ptr + row_offset(token, inner, z_outer, z_inner)
+        # in the orientation of the product: tl.trans of the other one would go through registers
+        counts = (column < classes)[:, None] & (unit != 0)[None, :]
+        z = tl.load(row[None, :] + column[:, None], mask=counts, other=float("-inf"))
+        u = entries(
+            z,
+            reference[None, :],
+            unit[None, :],
+            labels_ptr,
+            label[None, :],
+            at_label[None, :],
+            column[:, None],
+            scale,
+            scale_low,
+        )
+        c = tl.load(
+            c_ptr + token[:, None].to(tl.int64) * c_row + k[None, :],
+            mask=(token < tokens)[:, None] & (k < width)[None, :],
+            other=0.0,
+        )
+        acc = outer_products(acc, u, c, None, False, ARITHMETIC)
+    acc *= alpha
+    if scale_ptr is not None:
+        acc *= tl.load(scale_ptr + column, mask=column < classes, other=0.0)[:, None]
+    inside = (column < classes)[:, None] & (k < width)[None, :]
+    wide = column[:, None].to(tl.int64)
+    if y_ptr is not None:
+        y = tl.load(y_ptr + wide * y_row + k[None, :], mask=inside, other=0.0)
+        if y_scale_ptr is not None:
+            y *= tl.load(y_scale_ptr + column, mask=column < classes, other=0.0)[:, None]
+        acc += y
+    tl.store(out_ptr + wide * out_row + k[None, :], acc, mask=inside)
+
+
+# ---- host ---------------------------------------------------------------------------------------
+
+
+def _tile(family: str, precision: str, logits: Tensor, width: int) -> tuple[int, Launch]:
+    """Columns of a program and its launch, for a block of `width` columns."""
+    columns = min(max(triton.next_power_of_2(width), LEAST_COLUMNS), MOST_COLUMNS)
+    launches = LAUNCHES[architecture(logits.device)][family]
+    rules = launches[precision]
+    # as the kernels are specialised: by 16 elements
+    sizes = (logits.shape[-1], *logits.stride()[:2])
+    if logits.data_ptr() % 16 or any(size % 16 for size in sizes):
+        rules = launches.get(f"{precision} unaligned", rules)
+    return columns, next(rule.launch for rule in rules if columns <= rule.columns)
+
+
+def _class_splits(classes: int, tiles: int, step: int, device: torch.device) -> tuple[int, int]:
+    """The number of splits, and how many classes are in each: whole steps."""
+    key = architecture(device)
+    wanted = max(1, min(PROGRAMS[key] // tiles, classes // CLASSES_PER_SPLIT[key]))
+    each = triton.cdiv(triton.cdiv(classes, wanted), step) * step
+    return triton.cdiv(classes, each), each
+
+
+def _batches(
+    logits: Sequence[Tensor],
+    reference: Tensor,
+    unit: Tensor,
+    labels: Tensor | None,
+    at_label: Tensor | None,
+) -> Iterator[tuple[Tensor, slice, tuple[Tensor | None, ...]]]:
+    """Logits of each batch, which tokens they are, and what the kernels take of these."""
+    first = 0
+    for z in logits:
+        here = slice(first, first + z.shape[0] * z.shape[1])
+        first = here.stop
+        values = (reference, unit, labels, at_label)
+        yield z, here, tuple(None if x is None else x[here] for x in values)
+
+
+def softmax_fisher_powers(
+    logits: Tensor,
+    weights: Tensor | None,
+    logsumexp: Tensor | None,
+    temperature: float,
+    sums: Tensor,
+    reference: Tensor,
+    unit: Tensor,
+) -> None:
+    """Sums [V] = Σ w p; reference and unit [T] with p = unit exp((z − reference) / τ)."""
+    kernels = SimpleNamespace(
+        softmax_fisher_mean_probs=softmax_fisher_mean_probs,
+        softmax_fisher_stats=softmax_fisher_stats,
+    )
+    powers(kernels, logits, weights, logsumexp, temperature, sums, reference, unit)
+
+
+def softmax_fisher_project(
+    logits: Sequence[Tensor],
+    reference: Tensor,
+    unit: Tensor,
+    labels: Tensor | None,
+    at_label: Tensor | None,
+    temperature: float,
+    scale: Tensor | None,
+    y: Tensor,
+    ones: bool,
+    precision: str,
+    workspace: int,
+    out: Tensor,
+    gram: Tensor | None,
+) -> None:
+    """Out [T, K (+ 1)] = Uᵀ diag(scale) [y, 1]; lower triangle of gram = Uᵀ diag(scale) U."""
+    if gram is not None:
+        # as many columns as tokens: each entry of U is used often enough to be written
+        kernels = SimpleNamespace(
+            softmax_fisher_panel=softmax_fisher_panel, covariance_update=covariance_update
+        )
+        factor = Factor(kernels, logits, reference, unit, labels, at_label, temperature)
+        factor.project(scale, y[:, :0], False, precision, workspace, out[:, :0], gram)
+    if not out.shape[1]:
+        return
+    classes, width = y.shape
+    for z, here, values in _batches(logits, reference, unit, labels, at_label):
+        columns, (step, tile, warps, stages) = _tile("project", precision, z, width)
+        rows = out[here]
+        tokens = rows.shape[0]
+        tiles = triton.cdiv(tokens, step) * max(1, triton.cdiv(width, columns))
+        splits, per_split = _class_splits(classes, tiles, tile, z.device)
+        partial = rows[None] if splits == 1 else rows.new_empty(splits, *rows.shape)
+        with on_device(z):
+            project_kernel[(tiles, splits)](
+                z,
+                *values,
+                scale,
+                y,
+                partial,
+                z.shape[1],
+                *z.stride()[:2],
+                tokens,
+                classes,
+                per_split,
+                width,
+                y.stride(0),
+                *partial.stride()[:2],
+                *rate(temperature),
+                ONES=ones,
+                ARITHMETIC=precision,
+                TOKENS=step,
+                CLASSES=tile,
+                COLUMNS=columns,
+                num_warps=warps,
+                num_stages=stages,
+                enable_fp_fusion=True,
+            )
+        if splits > 1:
+            torch.sum(partial, 0, out=rows)
+
+
+def softmax_fisher_expand(
+    logits: Sequence[Tensor],
+    reference: Tensor,
+    unit: Tensor,
+    labels: Tensor | None,
+    at_label: Tensor | None,
+    temperature: float,
+    scale: Tensor | None,
+    c: Tensor,
+    alpha: float,
+    y: Tensor | None,
+    y_scale: Tensor | None,
+    precision: str,
+    workspace: int,
+    out: Tensor,
+) -> None:
+    """Out [V, K] = diag(y_scale) y + alpha diag(scale) U c."""
+    classes, width = out.shape
+    for z, here, values in _batches(logits, reference, unit, labels, at_label):
+        columns, (step, tile, warps, stages) = _tile("expand", precision, z, width)
+        tiles = triton.cdiv(classes, tile) * triton.cdiv(width, columns)
+        with on_device(z):
+            expand_kernel[(tiles,)](
+                z,
+                *values,
+                scale,
+                c[here],
+                y,
+                y_scale,
+                out,
+                z.shape[1],
+                *z.stride()[:2],
+                z.shape[0] * z.shape[1],
+                classes,
+                width,
+                c.stride(0),
+                0 if y is None else y.stride(0),
+                out.stride(0),
+                alpha,
+                *rate(temperature),
+                ARITHMETIC=precision,
+                TOKENS=step,
+                CLASSES=tile,
+                COLUMNS=columns,
+                num_warps=warps,
+                num_stages=stages,
+                enable_fp_fusion=True,
+            )
+        # the tokens that follow add to it
+        y, y_scale = out, None
+
+
+# the first with all operands, the others with as few as there can be
+_NO_LABELS = {"labels_ptr": None, "at_label_ptr": None, "scale_ptr": None}
+AOT = (
+    (project_kernel, "project", ({"ONES": True}, {"ONES": False, **_NO_LABELS})),
+    (expand_kernel, "expand", ({}, {**_NO_LABELS, "y_ptr": None, "y_scale_ptr": None})),
+)

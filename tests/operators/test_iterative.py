@@ -1,0 +1,120 @@
+"""Solves beyond the memory of the Woodbury identity: conjugate gradients, and compression."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fisherkern as fk
+from conftest import SLOW
+from fisherkern.operators import DiagonalMinusLowRank, DiagonalPlusLowRank, compress
+from operators.cases import SCALES, block, empirical_fisher, error, logits, softmax_fisher, weights
+
+T, V = (20, 90) if SLOW else (64, 400)
+
+
+def damped(dense: torch.Tensor, damping: float) -> torch.Tensor:
+    return dense + damping * torch.eye(len(dense), dtype=dense.dtype, device=dense.device)
+
+
+def test_the_operator_says_which_path() -> None:
+    z = logits(64, 100, 1.0)
+    assert fk.SoftmaxFisher(z).path == "woodbury"
+    assert fk.SoftmaxFisher(z, memory=20 * 64**2).path == "woodbury"
+    F = fk.SoftmaxFisher(z, memory=20 * 64**2 - 1)
+    assert F.path == "conjugate gradients"
+    assert "path='conjugate gradients'" in repr(F)
+    with pytest.raises(ValueError, match=r"memory is 81919, and a determinant takes 81920 bytes"):
+        F.logdet(1e-3)
+    with pytest.raises(ValueError, match="the diagonal of the inverse takes"):
+        F.inverse_diagonal(1e-3)
+    with pytest.raises(ValueError, match="memory is 0; allowed are numbers of bytes >= 1"):
+        fk.SoftmaxFisher(z, memory=0)
+    with pytest.raises(TypeError, match="memory has type float"):
+        fk.SoftmaxFisher(z, memory=1e9)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("damping", [1e-1, 1e-3, 1e-5])
+def test_conjugate_gradients(backend: str, scale: float | str, damping: float) -> None:
+    z, w, y = logits(T, V, scale), weights(T), block(V)
+    F = fk.SoftmaxFisher(z, weights=w, memory=20 * T * T - 1)
+    assert F.path == "conjugate gradients"
+    dense = damped(softmax_fisher(z, w), damping)
+    x = F.solve(y, damping, tolerance=1e-6)
+    # the tolerance is of residuals; errors are at most so many times as large. A product of float32
+    # rounds D x, however little of it U c leaves.
+    rounding = 2**-23 * F._diagonal_part.max().item() / damping
+    condition = torch.linalg.cond(dense).item()
+    truth = torch.linalg.solve(dense, y.double())
+    assert error(x, truth) <= min(2e-6 * condition, 1e-3) + rounding
+    assert F.residual(x, y, damping) <= 1e-5 + rounding
+    assert error(F.solve(y[:, 1], damping, tolerance=1e-6), x[:, 1].double()) <= 1e-5
+
+
+@pytest.mark.parametrize("damping", [1e-1, 1e-3])
+def test_conjugate_gradients_of_an_empirical_fisher(backend: str, damping: float) -> None:
+    z, w, y = logits(T, V, 2.0), weights(T), block(V)
+    labels = torch.randint(V, (T,), generator=torch.Generator().manual_seed(1)).to(z.device)
+    E = fk.EmpiricalFisher(z, labels, weights=w, memory=20 * T * T - 1)
+    dense = damped(empirical_fisher(z, labels, w), damping)
+    x = E.solve(y, damping, tolerance=1e-6)
+    assert error(x, torch.linalg.solve(dense, y.double())) <= 1e-4
+    assert E.residual(x, y, damping) <= 1e-5
+
+
+def test_few_iterations_are_an_error_and_nan_stays(backend: str) -> None:
+    F = fk.SoftmaxFisher(logits(T, V, 2.0), memory=1)
+    y = block(V)
+    with pytest.raises(torch.linalg.LinAlgError, match=r"iterations is 2, .*tolerance is 1e-06"):
+        F.solve(y, 1e-5, tolerance=1e-6, iterations=2)
+    y[3, 1] = torch.nan
+    x = F.solve(y, 1e-3)
+    assert bool(x[:, 1].isnan().all())
+    assert bool(x[:, 0].isfinite().all())
+
+
+def test_zero_columns_and_right_hand_sides(backend: str) -> None:
+    F = fk.SoftmaxFisher(logits(T, V, 2.0), memory=1)
+    assert bool((F.solve(torch.zeros_like(block(V)), 1e-3) == 0).all())
+    assert F.solve(block(V)[:, :0], 1e-3).shape == (V, 0)
+
+
+@pytest.mark.parametrize("rank", [1, 7, 30, 500])
+@pytest.mark.parametrize("kind", ["softmax", "empirical"])
+def test_compressed_within_its_bound(backend: str, kind: str, rank: int) -> None:
+    z, w = logits(2 * T, V, 3.0), weights(2 * T)
+    labels = torch.randint(V, (2 * T,), generator=torch.Generator().manual_seed(1)).to(z.device)
+    if kind == "softmax":
+        operator, dense = fk.SoftmaxFisher(z, weights=w), softmax_fisher(z, w)
+    else:
+        operator = fk.EmpiricalFisher(z, labels, weights=w)
+        dense = empirical_fisher(z, labels, w)
+    small, bound = compress(operator, rank)
+    assert type(small) is (DiagonalMinusLowRank if kind == "softmax" else DiagonalPlusLowRank)
+    assert small.rank == min(rank, V)
+    # U Uᵀ is above B Bᵀ, by the bound at most; rounding is relative to the largest eigenvalue
+    missing = torch.linalg.eigvalsh((small.to_dense() - dense) * -operator._sign)
+    rounding = 1e-6 * torch.linalg.eigvalsh(dense)[-1].item()
+    assert missing[0] >= -rounding
+    assert missing[-1] <= bound + rounding
+    if rank >= 2 * T:
+        assert bound <= rounding
+
+
+def test_compressed_solves_are_near(backend: str) -> None:
+    z, y, damping = logits(T, V, 2.0), block(V), 1e-2
+    F = fk.SoftmaxFisher(z)
+    small, bound = compress(F, T // 2)
+    x, near = F.solve(y, damping), small.solve(y, damping)
+    assert (near - x).norm() <= (bound / damping + 1e-5) * x.norm()
+
+
+def test_compress_bad_input() -> None:
+    F = fk.SoftmaxFisher(logits(4, 20, 1.0))
+    with pytest.raises(ValueError, match="rank is 0; allowed are integers >= 1"):
+        compress(F, 0)
+    with pytest.raises(TypeError, match="rank has type float"):
+        compress(F, 2.0)
+    with pytest.raises(TypeError, match="operator has type int"):
+        compress(3, 2)
