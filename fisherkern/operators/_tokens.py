@@ -163,8 +163,9 @@ class TokenOperator(LowRankOperator):
         y_scale: Tensor | None,
         out: Tensor,
     ) -> None:
-        how = (scale, c, alpha, y, y_scale, self._precision, self._workspace)
-        factor.expand_into(*self._columns(), *how, out=out)
+        how = (self._precision, self._workspace)
+        operands = (*self._columns(), scale, c, alpha, y, y_scale, *how)
+        factor.expand_into(out, *operands)
 
     def _panels(self, width: int, scale: Tensor | None = None) -> Iterator[tuple[int, int, Tensor]]:
         logits, *rest = self._columns()

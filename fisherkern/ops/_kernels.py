@@ -21,8 +21,8 @@ alpha      [1], dtype of the factor; ``beta`` a float: factor ← beta · factor
 ========== ===================================================================================
 
 Products with the factor U of several batches take a list of logits, whose tokens are counted
-through in ``reference``, ``unit``, ``labels`` and ``at_label`` [T]; a block of columns y [V, K] or c [T, K]
-has strides (any, 1).
+through in ``reference``, ``unit``, ``labels`` and ``at_label`` [T]; a block of columns, y [V, K] or
+c [T, K], has strides (any, 1).
 
 T, V ≥ 1. Values are checked before a kernel runs. A row whose weight is 0 (whose mask is False) is
 not read and its result is exactly zero; a weight that is NaN makes its row NaN. Where `logsumexp`

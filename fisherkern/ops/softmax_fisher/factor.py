@@ -96,6 +96,7 @@ def _projections(reference: Tensor, y: Tensor, ones: bool, gram: bool) -> tuple[
 
 
 def expand_into(
+    out: Tensor,
     logits: Sequence[Tensor],
     reference: Tensor,
     unit: Tensor,
@@ -109,7 +110,6 @@ def expand_into(
     y_scale: Tensor | None,
     precision: str,
     workspace: int,
-    out: Tensor,
 ) -> None:
     """Write diag(y_scale) y + alpha diag(scale) U c to a contiguous `out`, which may be y."""
     z = _canonical(logits)
@@ -139,7 +139,7 @@ def expand_into(
 
 def _expand(logits: Sequence[Tensor], *operands: Any) -> Tensor:
     out = _expansion(logits, operands[6])
-    expand_into(logits, *operands, out=out)
+    expand_into(out, logits, *operands)
     return out
 
 
