@@ -169,10 +169,11 @@ void micro_tile(const uint32_t* left, const uint32_t* right, int64_t blocks, boo
 void multiply_tile(const PanelProduct& p, int64_t task) {
   const Tile tile = tile_at<W>(p, task);
   const int64_t row_slices = slices_of(p.rows, W), column_slices = slices_of(p.columns, W);
-  const TileSums<float, W> sums(tile, false);
-  const MatrixUnit unit;
   const int64_t first = tile.split * p.segment_count / p.splits;
   const int64_t last = (tile.split + 1) * p.segment_count / p.splits;
+  // the first segment writes them; where no token counts there is none
+  const TileSums<float, W> sums(tile, first == last);
+  const MatrixUnit unit;
   for (int64_t s = first; s < last; ++s) {
     const int64_t begin = p.segments[s], blocks = slices_of(p.segments[s + 1] - begin, kBlock);
     for (int64_t j = tile.column; j < tile.column_end; ++j) {
