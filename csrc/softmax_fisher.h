@@ -44,6 +44,9 @@ struct SoftmaxFisherPanel {
   // CPU: at_label_t scale_c is the element at the label
   const int64_t* labels;  // [T], or null
   const void* at_label;   // [T]
+  // CPU: classes of a slice, [slices][tokens][slice], and elements between slices; 0: all in one
+  int64_t slice;
+  int64_t slice_stride;
 };
 
 constexpr int64_t kIgnoreIndex = -100;  // the label of a token that has none

@@ -59,16 +59,21 @@ class TokenFactor {
   int64_t classes() const { return classes_; }
   int64_t width() const { return wide_ ? sizeof(double) : sizeof(float); }
 
-  // These tokens and classes of U, [classes][stride] by class, or else [tokens][stride].
+  // These tokens and classes of diag(scale) U: [classes][stride] by class, else [tokens][stride], or
+  // slices of so many classes like that, `slice_stride` apart.
   void fill(int64_t first_token, int64_t last_token, int64_t first_class, int64_t last_class,
-            bool by_class, void* out, int64_t stride) const {
+            const void* scale, bool by_class, void* out, int64_t stride, int64_t slice = 0,
+            int64_t slice_stride = 0) const {
     for (size_t i = 0; i < batches_.size(); ++i) {
       const int64_t first = std::max(first_token, first_[i]);
       const int64_t last = std::min(last_token, first_[i + 1]);
       if (first >= last) continue;
       SoftmaxFisherPanel p = batches_[i];
+      p.scale = scale;
       p.transposed = by_class;
       p.stride = stride;
+      p.slice = slice;
+      p.slice_stride = slice_stride;
       p.out = static_cast<char*>(out) + (first - first_token) * (by_class ? 1 : stride) * width();
       kernel_(p, first - first_[i], last - first_[i], first_class, last_class);
     }
@@ -123,6 +128,30 @@ Panel part_of(const PanelKernels& kernels, Panel panel, int64_t slice, int64_t t
   return panel;
 }
 
+// The square roots of a scale [V], for either use of it; null where there is none.
+class Roots {
+ public:
+  Roots(const void* scale, int64_t classes, bool wide) {
+    if (!scale) return;
+    wide_.resize(classes);
+    for (int64_t c = 0; c < classes; ++c)
+      wide_[c] = std::sqrt(wide ? static_cast<const double*>(scale)[c]
+                                : static_cast<const float*>(scale)[c]);
+    if (!wide) narrow_.assign(wide_.begin(), wide_.end());
+  }
+
+  const double* wide(int64_t first) const { return wide_.empty() ? nullptr : &wide_[first]; }
+  // in the accumulation type
+  const void* plain() const {
+    if (!narrow_.empty()) return narrow_.data();
+    return wide_.empty() ? nullptr : wide_.data();
+  }
+
+ private:
+  std::vector<double> wide_;
+  std::vector<float> narrow_;
+};
+
 // out <- U^T diag(scale) [y, 1] and the lower triangle of gram <- U^T diag(scale) U, some classes at
 // a time. Both sides get the roots of the scale: one panel of U then serves both.
 void project(std::vector<Tensor> logits, const Tensor& reference, const Tensor& unit,
@@ -137,13 +166,7 @@ void project(std::vector<Tensor> logits, const Tensor& reference, const Tensor& 
   const int64_t K = block.width();
   flat_of(out, logits[0], T * K, "out");
   if (gram) flat_of(*gram, logits[0], T * T, "gram");
-  std::vector<double> roots(scale ? V : 0);
-  if (scale) {
-    const void* values = flat_of(*scale, logits[0], V, "scale");
-    for (int64_t c = 0; c < V; ++c)
-      roots[c] = std::sqrt(wide ? static_cast<const double*>(values)[c]
-                                : static_cast<const float*>(values)[c]);
-  }
+  const Roots roots(scale ? flat_of(*scale, logits[0], V, "scale") : nullptr, V, wide);
 
   const PanelKernels& kernels = kernels_for(wide, precision);
   const int64_t W = kernels.slice_width, bytes = W * kernels.element_bytes;
@@ -182,22 +205,28 @@ void project(std::vector<Tensor> logits, const Tensor& reference, const Tensor& 
   for (int64_t begin = 0; begin < V; begin += capacity) {
     const int64_t count = std::min(capacity, V - begin);
     const int64_t parts = (count + kClasses - 1) / kClasses;
-    const double* const weights = scale ? roots.data() + begin : nullptr;
     share_out(parts * (groups + (K > 0)), [&](int64_t task) {
       const int64_t first = task % parts * kClasses, last = std::min(first + kClasses, count);
       const int64_t slice = task / parts * group;
-      const TokenList list{nullptr, weights ? weights + first : nullptr, last - first};
       if (slice >= token_slices) {
-        kernels.pack(from_row(block, begin + first), list,
+        kernels.pack(from_row(block, begin + first), {nullptr, roots.wide(begin + first), last - first},
                      part_of(kernels, block_panel, 0, first), false, 0, last - first);
         return;
       }
-      const int64_t token = slice * W, tokens = std::min(group * W, T - token);
+      const int64_t token = slice * W, last_token = std::min(token + group * W, T);
+      auto fill = [&](int64_t from, int64_t to, void* data, int64_t stride) {
+        factor.fill(from, to, begin + first, begin + last, roots.plain(), true, data, stride);
+      };
+      if (kernels.sides_alike) {  // a panel is the factor as it is, slice by slice
+        for (int64_t t = token; t < last_token; t += W)
+          fill(t, std::min(t + W, last_token), part_of(kernels, left, t / W, first).data, W);
+        return;
+      }
       static thread_local PanelMemory buffer;
       buffer.reserve(kClasses * group * W * factor.width());
-      factor.fill(token, token + tokens, begin + first, begin + last, true, buffer.data(),
-                  group * W);
-      const Activations made = matrix(buffer.data(), tokens, group * W, wide);
+      fill(token, last_token, buffer.data(), group * W);
+      const Activations made = matrix(buffer.data(), last_token - token, group * W, wide);
+      const TokenList list{nullptr, nullptr, last - first};
       kernels.pack(made, list, part_of(kernels, left, slice, first), true, 0, last - first);
       if (twice)
         kernels.pack(made, list, part_of(kernels, right, slice, first), false, 0, last - first);
@@ -259,7 +288,6 @@ void expand(std::vector<Tensor> logits, const Tensor& reference, const Tensor& u
     share_out((V + classes - 1) / classes, [&](int64_t task) {
       const int64_t first_class = task * classes, last_class = std::min(first_class + classes, V);
       static thread_local PanelMemory buffer, own;
-      buffer.reserve(kTokens * classes * factor.width());
       own.reserve(capacity * slices * bytes);
       PanelProduct p = product;
       p.left = {own.data(), capacity};
@@ -281,10 +309,19 @@ void expand(std::vector<Tensor> logits, const Tensor& reference, const Tensor& u
       }
       for (int64_t first = 0; first < count; first += kTokens) {
         const int64_t last = std::min(first + kTokens, count);
-        factor.fill(begin + first, begin + last, first_class, last_class, false, buffer.data(),
-                    classes);
+        const Panel to = part_of(kernels, p.left, 0, first);
+        auto fill = [&](void* data, int64_t stride, int64_t slice, int64_t slice_stride) {
+          factor.fill(begin + first, begin + last, first_class, last_class, nullptr, false, data,
+                      stride, slice, slice_stride);
+        };
+        if (kernels.sides_alike) {  // a panel is the factor as it is, slice by slice
+          fill(to.data, W, W, capacity * W);
+          continue;
+        }
+        buffer.reserve(kTokens * classes * factor.width());
+        fill(buffer.data(), classes, 0, 0);
         kernels.pack(matrix(buffer.data(), p.rows, classes, wide), {nullptr, nullptr, last - first},
-                     part_of(kernels, p.left, 0, first), true, 0, last - first);
+                     to, true, 0, last - first);
       }
       for (int64_t tile = 0; tile < kernels.tile_count(p); ++tile) kernels.multiply_tile(p, tile);
     });

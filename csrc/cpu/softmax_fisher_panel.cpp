@@ -12,8 +12,8 @@ class PanelRow {
  public:
   using A = Acc<T>;
 
-  PanelRow(const SoftmaxFisherPanel& p, int64_t token)
-      : exponential_(p.rows.temperature),
+  PanelRow(const SoftmaxFisherPanel& p, const Exponential<A>& exponential, int64_t token)
+      : exponential_(exponential),
         z_(row<const T>(p.rows, p.rows.logits, token)),
         scale_(static_cast<const A*>(p.scale)),
         reference_(static_cast<const A*>(p.reference)[token]),
@@ -29,7 +29,7 @@ class PanelRow {
   }
 
  private:
-  Exponential<A> exponential_;
+  const Exponential<A>& exponential_;
   const T* z_;
   const A* scale_;
   A reference_, unit_;
@@ -41,17 +41,23 @@ void panel_of(const SoftmaxFisher&, const SoftmaxFisherPanel& p, int64_t first_t
   using A = Acc<T>;
   A* const out = static_cast<A*>(p.out);
   constexpr int64_t L = kLanes<A>;
+  const Exponential<A> exponential(p.rows.temperature);
+  const int64_t slice = p.slice ? p.slice : last_class - first_class;
+  auto place = [&](int64_t token, int64_t c) {  // of these, counted from the first
+    return p.transposed ? out + c * p.stride + token
+                        : out + c / slice * p.slice_stride + token * p.stride + c % slice;
+  };
   if (p.transposed) {
     std::vector<PanelRow<T>> rows;
     for (int64_t token = first_token; token < last_token; token += L) {
       const int64_t tokens = std::min(L, last_token - token);
       rows.clear();
-      for (int64_t t = 0; t < tokens; ++t) rows.emplace_back(p, token + t);
+      for (int64_t t = 0; t < tokens; ++t) rows.emplace_back(p, exponential, token + t);
       for_lanes<A>(first_class, last_class, [&](int64_t i, auto count) {
         Vec<A> block[L] = {};
         for (int64_t t = 0; t < tokens; ++t) block[t] = rows[t](i, count);
         transpose<A>(block);
-        A* const to = out + (i - first_class) * p.stride + token - first_token;
+        A* const to = place(token - first_token, i - first_class);
         for (int64_t c = 0; c < count; ++c) {
           if (tokens == L)
             store(to + c * p.stride, block[c]);
@@ -62,20 +68,21 @@ void panel_of(const SoftmaxFisher&, const SoftmaxFisherPanel& p, int64_t first_t
     }
   } else {
     for (int64_t token = first_token; token < last_token; ++token) {
-      const PanelRow<T> row(p, token);
-      A* const to = out + (token - first_token) * p.stride;
-      for_lanes<A>(first_class, last_class, [&](int64_t i, auto count) {
-        store_lanes(to + i - first_class, row(i, count), count);
-      });
+      const PanelRow<T> row(p, exponential, token);
+      for (int64_t first = first_class; first < last_class; first += slice) {
+        A* const to = place(token - first_token, first - first_class);
+        for_lanes<A>(first, std::min(first + slice, last_class), [&](int64_t i, auto count) {
+          store_lanes(to + i - first, row(i, count), count);
+        });
+      }
     }
   }
   if (!p.labels) return;
   for (int64_t token = first_token; token < last_token; ++token) {
     const int64_t label = p.labels[token];
     if (label < first_class || label >= last_class) continue;
-    const int64_t t = token - first_token, c = label - first_class;
     const A value = static_cast<const A*>(p.at_label)[token];
-    out[p.transposed ? c * p.stride + t : t * p.stride + c] =
+    *place(token - first_token, label - first_class) =
         p.scale ? value * static_cast<const A*>(p.scale)[label] : value;
   }
 }
