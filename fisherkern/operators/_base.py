@@ -275,6 +275,7 @@ class LowRankOperator(ABC):
         damping: float,
         *,
         out: Tensor | None = None,
+        refine: bool = False,
         tolerance: float = 1e-5,
         iterations: int = 500,
     ) -> Tensor:
@@ -287,6 +288,9 @@ class LowRankOperator(ABC):
             y: [n] or [n, k], in the dtype of the operator.
             damping: λ > 0, in the units of A.
             out: destination like y, or y itself.
+            refine: whether conjugate gradients follow the Woodbury identity, which is then their
+                preconditioner: for a Γ of low precision, such as "tf32". An iteration is a
+                product and a solve.
             tolerance: of conjugate gradients: ‖(A + λ I) x − y‖ / ‖y‖ of every column.
             iterations: of conjugate gradients, at most.
 
@@ -297,20 +301,32 @@ class LowRankOperator(ABC):
         """
         block = self._block("y", y)
         result = block.new_empty(block.shape) if out is None else self._destination(out, y)
-        if self.path != "woodbury":
+        if refine or self.path != "woodbury":
             self._iterate(block, damping, tolerance, iterations, result)
         else:
-            damped, projection = self._factorised(damping, block)
-            coefficients = damped.capacitance.solve(projection)
-            scale = damped.inverse if self._has_diagonal else None
-            self._expand(coefficients, scale, float(-self._sign), block, scale, result)
-            if scale is None:
-                result.div_(damping)
+            self._woodbury(block, damping, result)
         if out is None:
             return result.view(y.shape)
         if result.data_ptr() != out.data_ptr():
             out.copy_(result.view(out.shape))
         return out
+
+    def _woodbury(self, block: Tensor, damping: float, out: Tensor) -> None:
+        """(A + λ I)⁻¹ of a block by the Woodbury identity; `out` may be the block."""
+        damped, projection = self._factorised(damping, block)
+        coefficients = damped.capacitance.solve(projection)
+        scale = damped.inverse if self._has_diagonal else None
+        self._expand(coefficients, scale, float(-self._sign), block, scale, out)
+        if scale is None:
+            out.div_(damping)
+
+    def _woodbury_of(self, damping: float) -> Product:
+        def solve(block: Tensor) -> Tensor:
+            out = torch.empty_like(block)
+            self._woodbury(block, damping, out)
+            return out
+
+        return solve
 
     def _destination(self, out: object, y: Tensor) -> Tensor:
         """Contiguous memory [n, k] for a result like y: that of `out` where it is."""
@@ -330,9 +346,11 @@ class LowRankOperator(ABC):
         lam = checks.damping(damping)
         checks.number("tolerance", tolerance, 0.0, 1.0)
         most = checks.integer("iterations", iterations)
-        precondition = self._preconditioner(lam)
+        direct = self.path == "woodbury"
+        precondition = self._woodbury_of(lam) if direct else self._preconditioner(lam)
+        columns = max(block.shape[1], 1)
         column_bytes = max(_BLOCKS * self.shape[0] * self.dtype.itemsize, 1)
-        at_once = max((self._memory or 0) // column_bytes, 1)
+        at_once = columns if self._memory is None else max(self._memory // column_bytes, 1)
         for first in range(0, block.shape[1], at_once):
             part = block[:, first : first + at_once]
             x, residual, _ = conjugate_gradients(

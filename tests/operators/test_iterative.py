@@ -63,6 +63,25 @@ def test_conjugate_gradients_of_an_empirical_fisher(backend: str, damping: float
     assert E.residual(x, y, damping) <= 1e-5
 
 
+def test_refinement_makes_up_for_a_factorisation_of_low_precision(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    z, y, damping = logits(T, V, 2.0), block(V), 1e-3
+    F = fk.SoftmaxFisher(z)
+    dense = damped(softmax_fisher(z), damping)
+    truth = torch.linalg.solve(dense, y.double())
+    whole = type(F)._capacitance
+    monkeypatch.setattr(
+        type(F),
+        "_capacitance",
+        lambda self, gram, sums, damping: whole(self, gram.bfloat16().float(), sums, damping),
+    )
+    assert error(F.solve(y, damping), truth) > 5e-6
+    x = F.solve(y, damping, refine=True, tolerance=1e-6)
+    assert error(x, truth) <= 2e-6
+    assert F.residual(x, y, damping) <= 2e-6
+
+
 def test_few_iterations_are_an_error_and_nan_stays(backend: str) -> None:
     F = fk.SoftmaxFisher(logits(T, V, 2.0), memory=1)
     y = block(V)
