@@ -1,4 +1,6 @@
-"""Cases of the mean softmax Fisher as an operator: made from logits, then one damped solve.
+"""Cases of the mean softmax Fisher as an operator: one damped solve, and the passes it is made of.
+
+The operator is made from logits in each call of `solve`; `apply` and `gram` have statistics at hand.
 
 Logits z [T, V] in the dtype of the case, Y [V, k] and the result float32, whatever that dtype is:
 errors are judged in float32. The multiplications that any formulation has are those of S, which is
@@ -26,6 +28,7 @@ from fisherkern.bench.registry import (
     register,
 )
 from fisherkern.operators import SoftmaxFisher
+from fisherkern.ops.softmax_fisher import softmax_fisher_expand, softmax_fisher_project
 
 DAMPING = 1e-4
 
@@ -62,12 +65,40 @@ def _inputs(case: Case, generator: torch.Generator) -> Tensors:
     return z, y.to(case.accuracy_dtype)
 
 
+def _factor(case: Case, generator: torch.Generator) -> Tensors:
+    """Logits, what makes U of them, and 1 / D."""
+    tokens, classes, _ = case.shape
+    z = language_logits(tokens, classes, generator, case.device).to(case.dtype)
+    p = torch.softmax(z.double(), -1)
+    unit = (p.amax(-1) / tokens**0.5).to(case.accuracy_dtype)
+    inverse = (1 / (p.mean(0) + DAMPING)).to(case.accuracy_dtype)
+    return z, z.amax(-1).to(case.accuracy_dtype), unit, inverse
+
+
+def _factor_and_blocks(case: Case, generator: torch.Generator) -> Tensors:
+    tokens, classes, columns = case.shape
+    how = {"device": case.device, "dtype": case.accuracy_dtype}
+    y = torch.empty(classes, columns, **how).normal_(generator=generator)
+    c = torch.empty(tokens, columns, **how).normal_(generator=generator)
+    return *_factor(case, generator), y, c
+
+
 # ---- who computes it --------------------------------------------------------------------------
 
 
 def solve(z: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
     """This package: the operator is new in each call, so nothing is left of an earlier one."""
     return SoftmaxFisher(z).solve(y, DAMPING, out=out)
+
+
+def apply(z: Tensor, r: Tensor, u: Tensor, d: Tensor, y: Tensor, c: Tensor) -> Tensor:
+    """This package: one pass over the logits, statistics at hand."""
+    return softmax_fisher_expand(z, r, u, c, scale=d, y=y, y_scale=d)
+
+
+def gram(z: Tensor, r: Tensor, u: Tensor, d: Tensor) -> Tensor:
+    """This package, the same."""
+    return softmax_fisher_project(z, r, u, d.new_empty(len(d), 0), scale=d, gram=True)[1]
 
 
 def products(case: Case, *, anew: bool = False) -> Callable[[], None]:
@@ -105,6 +136,21 @@ def _flops(case: Case) -> float:
     return float(classes * (tokens * (tokens + 1) + 4 * tokens * columns))
 
 
+def _apply_flops(case: Case) -> float:
+    tokens, classes, columns = case.shape
+    return float(2 * tokens * classes * columns)
+
+
+def _gram_floor(case: Case) -> int:
+    tokens, classes, _ = case.shape
+    return tokens * classes * case.dtype.itemsize + 4 * tokens * tokens
+
+
+def _gram_flops(case: Case) -> float:
+    tokens, classes, _ = case.shape
+    return float(classes * tokens * (tokens + 1))
+
+
 def _warm_up(shape: Shape) -> Shape:
     tokens, classes, columns = shape
     return min(tokens, 64), min(classes, 2048), min(columns, 16)
@@ -130,8 +176,36 @@ FAMILY = register(
                 widens=True,
                 ceiling="gemm",
             ),
+            Op(
+                "apply",
+                _factor_and_blocks,
+                woodbury.apply,
+                accuracy.matrix(woodbury.exact_apply, accuracy.worst_column),
+                _floor,
+                _apply_flops,
+                fused=apply,
+                widens=True,
+                target=0.75,
+                shapes={
+                    "cpu": ((512, 49152, 64),),
+                    "cuda": ((8192, 49152, 16), (8192, 49152, 64), (8192, 49152, 128)),
+                },
+            ),
+            Op(
+                "gram",
+                _factor,
+                woodbury.gram,
+                accuracy.matrix(woodbury.exact_gram, accuracy.worst_column),
+                _gram_floor,
+                _gram_flops,
+                fused=gram,
+                widens=True,
+                ceiling="gemm",
+                target=0.55,
+                shapes={"cpu": ((512, 49152, 0),), "cuda": ((4096, 49152, 0), (8192, 49152, 0))},
+            ),
         ),
-        headline=("solve",),
+        headline=("solve", "apply", "gram"),
         # the vocabulary and the width of SmolLM2-135M
         shapes={
             "cpu": ((512, 49152, 576),),
@@ -140,7 +214,7 @@ FAMILY = register(
         smoke=(48, 513, 8),
         bars=(
             Bar("eager", "least", 1.3),
-            Bar("eager", "least", 3.0, dtypes=("bfloat16",)),
+            Bar("eager", "least", 3.0, ops=("solve",), dtypes=("bfloat16",)),
             # at most 1.15 times as long as the products alone, into results that are as ready
             Bar("gemms", "least", 1 / 1.15, dtypes=("float32",), uses_out=True),
             Bar("gemms anew", "least", 1 / 1.15, dtypes=("float32",), uses_out=False),

@@ -42,6 +42,33 @@ def sketch_half(z: Tensor, y: Tensor, damping: float) -> Tensor:
     return y / d[:, None] + (du.mT @ c.to(half)).float()
 
 
+def apply(z: Tensor, r: Tensor, u: Tensor, d: Tensor, y: Tensor, c: Tensor) -> Tensor:
+    """D⁻¹ (Y + U C), the end of a solve; d holds the inverse of D."""
+    return d[:, None] * (y + torch.softmax(z.to(y.dtype), -1).mT @ c / math.sqrt(z.shape[0]))
+
+
+def exact_apply(z: Tensor, r: Tensor, u: Tensor, d: Tensor, y: Tensor, c: Tensor) -> Tensor:
+    """The same in float64."""
+    out = y.double()
+    for part, p in _panels(z):
+        out[part].addmm_(p.mT, c.double(), alpha=1 / math.sqrt(z.shape[0]))
+    return d.double()[:, None] * out
+
+
+def gram(z: Tensor, r: Tensor, u: Tensor, d: Tensor) -> Tensor:
+    """Uᵀ D⁻¹ U [T, T], its lower triangle; d holds the inverse of D."""
+    p = torch.softmax(z.to(d.dtype), -1)
+    return (p * (d / z.shape[0]) @ p.mT).tril_()
+
+
+def exact_gram(z: Tensor, r: Tensor, u: Tensor, d: Tensor) -> Tensor:
+    """The same in float64."""
+    total = torch.zeros(z.shape[0], z.shape[0], dtype=torch.float64, device=z.device)
+    for part, p in _panels(z):
+        total.addmm_(p * d[part].double(), p.mT, alpha=1 / z.shape[0])
+    return total.tril_()
+
+
 def _panels(z: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Classes and p of them [T, classes], in float64 whatever the logits are."""
     tokens, classes = z.shape
