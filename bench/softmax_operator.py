@@ -1,6 +1,6 @@
 """Cases of the mean softmax Fisher as an operator: one damped solve, and the passes it is made of.
 
-The operator is made from logits in each call of `solve`; `apply` and `gram` have statistics at hand.
+The operator is made anew in each call of `solve`; `apply` and `gram` have statistics at hand.
 
 Logits z [T, V] in the dtype of the case, Y [V, k] and the result float32, whatever that dtype is:
 errors are judged in float32. The multiplications that any formulation has are those of S, which is

@@ -63,7 +63,8 @@ def _check_matrix_product(
             assert report.asynchronous, table
             assert report.shared >= 2 * buffers, table
     else:
-        assert report.matrix in (("wgmma.tf32",), ("mma.tf32",)), table
+        kind = "bf16" if arithmetic == "bf16x6" else "tf32"
+        assert report.matrix in ((f"wgmma.{kind}",), (f"mma.{kind}",)), table
 
 
 @pytest.mark.parametrize("module", triton_compile.kernel_modules(), ids=lambda m: m.__name__)

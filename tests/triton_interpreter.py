@@ -1,11 +1,11 @@
 """Repairs and guards for Triton's interpreter: import before any kernel, TRITON_INTERPRET=1 set.
 
 The interpreter keeps bfloat16 as raw 16-bit integers. As shipped (3.6 to 3.9) it computes on those
-bits, truncates on conversion, ignores tf32, rounds a fused multiply-add twice, and reads or writes
-any address it is given. Here:
+bits, truncates on conversion, ignores tf32, refuses bf16x6, rounds a fused multiply-add twice, and
+reads or writes any address it is given. Here:
 
 - bfloat16 arithmetic runs in float32 and rounds to nearest even, as the hardware does;
-- a fused multiply-add rounds once, tf32 products round their operands;
+- a fused multiply-add rounds once, tf32 products round their operands, bf16x6 products are six;
 - float arguments are float32;
 - a load or store outside the tensors passed to the launch raises :class:`OutOfBoundsError`;
 - two programs that store to one address without an atomic raise :class:`RaceError`;
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,25 @@ def rounded_to_tf32(values: np.ndarray) -> np.ndarray:
     values = np.ascontiguousarray(values, np.float32)
     bits = (values.view(np.uint32) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)
     return np.where(np.isfinite(values), bits.view(np.float32), values)
+
+
+def bfloat16_terms(values: np.ndarray) -> list[np.ndarray]:
+    """Three bfloat16 values, widened, whose sum float32 values are; infinity is ∞ + NaN + NaN."""
+    rest = np.asarray(values, np.float32)
+    terms = []
+    with np.errstate(invalid="ignore"):
+        for _ in range(3):
+            terms.append(widened(rounded(rest)))
+            rest = rest - terms[-1]
+    return terms
+
+
+def bf16x6_product(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """The products of terms that Triton adds up, in its order: small ones first, NaN left out."""
+    left, right = bfloat16_terms(x), bfloat16_terms(y)
+    with np.errstate(invalid="ignore"):
+        small = sum(left[i] @ right[j] for i, j in ((1, 1), (2, 0), (0, 2), (1, 0), (0, 1)))
+        return np.where(np.isnan(small), np.float32(0), small) + left[0] @ right[0]
 
 
 def _is_bfloat16(*handles: Any) -> bool:
@@ -125,12 +145,14 @@ def _fma(original: Callable) -> Callable:
 def _dot(original: Callable) -> Callable:
     def run(self: Any, a: Any, b: Any, c: Any, precision: Any, imprecise: Any) -> Any:
         x, y = _values(a), _values(b)
-        tf32 = precision == interpreter._ir.INPUT_PRECISION.TF32
-        if tf32 and a.dtype.scalar == tl.float32:
+        start = _values(c)
+        kinds = interpreter._ir.INPUT_PRECISION
+        if a.dtype.scalar == tl.float32 and precision == kinds.BF16x6:
+            return _Handle((bf16x6_product(x, y) + start).astype(start.dtype), c.dtype.scalar)
+        if a.dtype.scalar == tl.float32 and precision == kinds.TF32:
             x, y = rounded_to_tf32(x), rounded_to_tf32(y)
         elif not _is_bfloat16(a, b):
             return original(self, a, b, c, precision, imprecise)
-        start = _values(c)
         result = np.matmul(x, y, dtype=np.float32) + start
         if _is_bfloat16(c):
             return _bfloat16(result)
@@ -303,6 +325,9 @@ def install() -> None:
         "set_grid_idx": _tracked,
     }.items():
         setattr(_Builder, name, repair(getattr(_Builder, name)))
+    builder = interpreter.interpreter_builder
+    allowed = (*builder.options.allowed_dot_input_precisions, "bf16x6")
+    builder.options = replace(builder.options, allowed_dot_input_precisions=allowed)
     interpreter._implicit_cvt = _argument(interpreter._implicit_cvt)
     interpreter._patch_lang = _Language(interpreter._patch_lang).enter
     executor = interpreter.GridExecutor

@@ -50,7 +50,11 @@ def rounded_to_tf32(x):
 
 @triton.jit
 def outer_products(acc, left, right, weight, WEIGHTED: tl.constexpr, ARITHMETIC: tl.constexpr):
-    """Acc + Σ_t weight_t left_t right_tᵀ, accumulated in float32; infinities may become NaN."""
+    """Acc + Σ_t weight_t left_t right_tᵀ, accumulated in float32; infinities may become NaN.
+
+    ARITHMETIC as in `_covariance_config`. "tf32x3" and "bf16x6" are those of tl.dot: it splits the
+    operands, and adds the small products first, to a sum that begins at zero in every step.
+    """
     if ARITHMETIC == "half":
         acc = tl.dot(left, right, acc)
     else:

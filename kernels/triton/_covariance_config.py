@@ -15,6 +15,7 @@ half     bfloat16 or float16 operands as they are: their products are exact
 split    half precision times a float32 weight: two tf32 products, see `outer_products`
 tf32     float32 rounded to 10 bits
 tf32x3   float32 as three tf32 products, as accurate as float32
+bf16x6   float32 as six products of bfloat16 terms, as accurate as float32
 ieee     float32 on the ordinary units
 ======== ==========================================================================
 
@@ -70,11 +71,14 @@ _SM_90 = {
         "tf32": _always(128, 32, 8, 3),
         "tf32x3": _always(128, 32, 8, 3),
         "tf32x3 unaligned": _always(64, 16, 4, 2),
+        "bf16x6": _always(128, 32, 8, 3),
+        "bf16x6 unaligned": _always(64, 16, 4, 2),
         "ieee": _always(64, 16, 8, 3),
     },
     "squares": {
         "tf32": _always(128, 32, 8, 3),
         "tf32x3": _always(128, 32, 8, 3),
+        "bf16x6": _always(128, 32, 8, 3),
         "ieee": _always(64, 16, 8, 3),
     },
     "samples": {
@@ -84,6 +88,8 @@ _SM_90 = {
         "tf32": _always(64, 32, 4, 3),
         "tf32x3": _always(64, 32, 4, 3),
         "tf32x3 unaligned": _always(64, 16, 4, 2),
+        "bf16x6": _always(64, 32, 4, 3),
+        "bf16x6 unaligned": _always(64, 16, 4, 2),
         "ieee": _always(64, 16, 8, 3),
     },
 }
@@ -96,11 +102,14 @@ _SM_80 = {
         "tf32": _always(128, 32, 8, 3),
         "tf32x3": _always(128, 32, 8, 3),
         "tf32x3 unaligned": _always(64, 16, 4, 2),
+        "bf16x6": _always(128, 16, 8, 4),
+        "bf16x6 unaligned": _always(64, 16, 4, 2),
         "ieee": _always(64, 16, 8, 3),
     },
     "squares": {
         "tf32": _always(128, 32, 8, 3),
         "tf32x3": _always(64, 32, 4, 3),
+        "bf16x6": _always(128, 16, 8, 4),
         "ieee": _always(64, 16, 8, 3),
     },
     "samples": {
@@ -110,6 +119,8 @@ _SM_80 = {
         "tf32": _always(64, 32, 4, 3),
         "tf32x3": _always(64, 32, 4, 3),
         "tf32x3 unaligned": _always(64, 16, 4, 2),
+        "bf16x6": _always(64, 32, 4, 3),
+        "bf16x6 unaligned": _always(64, 16, 4, 2),
         "ieee": _always(64, 16, 8, 3),
     },
 }
@@ -117,7 +128,7 @@ _SM_80 = {
 _INTERPRETER = {
     family: {
         arithmetic: _always(32, 32, 4, 1)
-        for arithmetic in ("half", "split", "tf32", "tf32x3", "ieee")
+        for arithmetic in ("half", "split", "tf32", "tf32x3", "bf16x6", "ieee")
     }
     for family in ("sums", "squares", "samples")
 }

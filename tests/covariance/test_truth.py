@@ -11,6 +11,7 @@ from conftest import DEVICE, SLOW
 from covariance import cases
 from covariance.cases import IDS, OPS, Op
 from fisherkern import reference
+from fisherkern.ops.covariance._common import PRECISIONS
 
 # d on both sides of the sizes of tiles, T of those of segments; the large ones only where they cost
 # no minutes
@@ -88,7 +89,7 @@ def test_every_op(backend: str, op: Op, reduction: str, dtype: torch.dtype) -> N
         assert cases.error(result, truth) <= cases.bound(truth, 300, dtype)
 
 
-@pytest.mark.parametrize("precision", ["tf32", "tf32x3", "ieee"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_precision_has_a_stated_error(backend: str, precision: str) -> None:
     """TF32 keeps 10 bits of each factor; the others are as good as float32."""
     x = activations(64, 40, torch.float32)

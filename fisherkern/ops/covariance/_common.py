@@ -12,7 +12,7 @@ from fisherkern import checks
 from fisherkern.ops._values import checked_weights
 from fisherkern.reference import accumulation_dtype
 
-PRECISIONS = ("tf32x3", "tf32", "ieee")
+PRECISIONS = ("tf32x3", "bf16x6", "tf32", "ieee")
 
 
 class Tokens(NamedTuple):

@@ -16,10 +16,10 @@ from fisherkern import checks
 from fisherkern.ops._kernels import kernels
 from fisherkern.ops._library import define
 from fisherkern.ops._rows import token_rows
+from fisherkern.ops.covariance._common import PRECISIONS
 from fisherkern.ops.softmax_fisher._common import flat
 from fisherkern.reference import accumulation_dtype
 
-PRECISIONS = ("tf32", "tf32x3", "ieee")
 # Bytes for parts of U and of what it is multiplied by.
 WORKSPACE = {"cpu": 32 << 20, "cuda": 512 << 20}
 
