@@ -173,8 +173,10 @@ void project(std::vector<Tensor> logits, const Tensor& reference, const Tensor& 
   const int64_t token_slices = (T + W - 1) / W, column_slices = (K + W - 1) / W;
   const bool twice = gram && !kernels.sides_alike;
   const int64_t slices = token_slices * (twice ? 2 : 1) + column_slices;
-  // whole segments, which are whole blocks of tokens
-  int64_t capacity = std::min(workspace, kCachedBytes) / (slices * bytes);
+  // Whole segments, which are whole blocks of tokens. Where there are many tokens it is the results
+  // that go to and fro in memory, once per panel: then a few segments, cached or not.
+  const int64_t wanted = std::max(kCachedBytes, 4 * kernels.segment * slices * bytes);
+  int64_t capacity = std::min(workspace, wanted) / (slices * bytes);
   capacity = std::max(capacity / kernels.segment, int64_t{1}) * kernels.segment;
   capacity = std::min(capacity, rounded_up(V, kernels.token_block));
   const PanelMemory memory(capacity * slices * bytes);

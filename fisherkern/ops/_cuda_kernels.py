@@ -44,9 +44,9 @@ def _arithmetic(
     """Dtype of the panels, and the terms whose products are summed: those left, those right.
 
     Term i is at most 2^-9i of the value. Left out of float32 operands are the products (i, j) with
-    i + j > 2, together 2^-26 of a product: a float32 rounds by 2^-24. That is "bf16x6", and "tf32x3"
-    as well. "tf32" leaves out those with i + j > 1: 3 · 2^-18. A weighted value is a float32
-    whatever its dtype was.
+    i + j > 2, together 2^-26 of a product: a float32 rounds by 2^-24. That is "bf16x6", and what
+    "tf32x3" does here. "tf32" leaves out those with i + j > 1: 3 · 2^-18. A weighted value is a
+    float32 whatever its dtype was.
     """
     halves = dtype == torch.float16 and not weighted and not squares
     if halves or (dtype == torch.float32 and precision == "ieee"):

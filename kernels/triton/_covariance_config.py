@@ -72,13 +72,14 @@ _SM_90 = {
         "tf32x3": _always(128, 32, 8, 3),
         "tf32x3 unaligned": _always(64, 16, 4, 2),
         "bf16x6": _always(128, 32, 8, 3),
-        "bf16x6 unaligned": _always(64, 16, 4, 2),
+        "bf16x6 unaligned": _always(128, 16, 8, 2),
         "ieee": _always(64, 16, 8, 3),
     },
     "squares": {
         "tf32": _always(128, 32, 8, 3),
         "tf32x3": _always(128, 32, 8, 3),
         "bf16x6": _always(128, 32, 8, 3),
+        "bf16x6 unaligned": _always(128, 16, 8, 2),
         "ieee": _always(64, 16, 8, 3),
     },
     "samples": {
@@ -110,6 +111,7 @@ _SM_80 = {
         "tf32": _always(128, 32, 8, 3),
         "tf32x3": _always(64, 32, 4, 3),
         "bf16x6": _always(128, 16, 8, 4),
+        "bf16x6 unaligned": _always(64, 16, 4, 2),
         "ieee": _always(64, 16, 8, 3),
     },
     "samples": {

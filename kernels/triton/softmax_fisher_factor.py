@@ -71,11 +71,7 @@ _SM_90 = {
             Rule(64, Launch(64, 32, 8, 3)),
             Rule(128, Launch(64, 16, 8, 3)),
         ),
-        "bf16x6": (
-            Rule(32, Launch(64, 32, 4, 3)),
-            Rule(64, Launch(64, 32, 4, 3)),
-            Rule(128, Launch(128, 32, 8, 3)),
-        ),
+        "bf16x6": (Rule(64, Launch(64, 32, 4, 3)), Rule(128, Launch(128, 32, 8, 3))),
         "bf16x6 unaligned": (
             Rule(64, Launch(64, 32, 8, 3)),
             Rule(128, Launch(64, 16, 8, 3)),
@@ -110,7 +106,7 @@ _SM_80 = {
         "bf16x6": (
             Rule(32, Launch(64, 32, 4, 3)),
             Rule(64, Launch(64, 16, 4, 4)),
-            Rule(128, Launch(64, 32, 8, 3)),
+            Rule(128, Launch(64, 16, 8, 4)),
         ),
         "bf16x6 unaligned": (Rule(64, Launch(64, 16, 4, 4)), Rule(128, Launch(64, 16, 8, 4))),
         "ieee": (Rule(32, Launch(64, 32, 8, 3)), Rule(128, Launch(64, 16, 8, 3))),
@@ -125,18 +121,15 @@ _SM_80 = {
             Rule(128, Launch(16, 64, 8, 3)),
         ),
         "bf16x6": (Rule(32, Launch(32, 64, 4, 5)), Rule(128, Launch(32, 64, 8, 5))),
-        "bf16x6 unaligned": (
-            Rule(32, Launch(32, 64, 4, 3)),
-            Rule(64, Launch(32, 64, 8, 3)),
-            Rule(128, Launch(16, 64, 8, 3)),
-        ),
+        "bf16x6 unaligned": (Rule(64, Launch(16, 64, 4, 3)), Rule(128, Launch(16, 64, 8, 3))),
         "ieee": (Rule(128, Launch(16, 64, 8, 3)),),
     },
 }
 # Small tiles, so that a test of a hundred classes runs through several.
 _INTERPRETER = {
     family: {
-        arithmetic: (Rule(128, Launch(32, 32, 4, 1)),) for arithmetic in ("tf32", "tf32x3", "bf16x6", "ieee")
+        arithmetic: (Rule(128, Launch(32, 32, 4, 1)),)
+        for arithmetic in ("tf32", "tf32x3", "bf16x6", "ieee")
     }
     for family in ("project", "expand")
 }

@@ -141,8 +141,10 @@ def covariance_update_(
         weights: float [...] >= 0, instead of a mask. They multiply x once, in float32.
         bias: append the homogeneous coordinate 1 to every row, without storing it.
         reduction: "mean" divides by N = Σ w (where N = 0 the new term is zero), "sum" does not.
-        precision: of float32 products on CUDA tensor cores: "tf32x3" (error about that of float32),
-            "tf32" (three times as fast, relative error up to 1e-3) or "ieee" (float32 units, slow).
+        precision: of float32 products on CUDA tensor cores: "tf32x3" (three TF32 products) or
+            "bf16x6" (six bfloat16 products), both with an error about that of float32; "tf32" (one
+            product, relative error up to 1e-3); "ieee" (float32 units, slow). On the CPU all but
+            "ieee" may use matrix units for bfloat16.
         mirror: copy the lower triangle onto the upper one afterwards. With False the upper triangle
             keeps what it held: call :func:`mirror_` before anyone reads it.
 
