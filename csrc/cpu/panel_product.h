@@ -54,6 +54,10 @@ struct PanelKernels {
   bool sides_alike;       // a panel may serve as left and as right one
   // the tokens [begin, end) of the list, all heads; begin is a multiple of token_block
   void (*pack)(const Activations&, const TokenList&, Panel, bool left, int64_t begin, int64_t end);
+  // `count` tokens of each column of a [columns][stride] in the accumulation type, into both panels
+  // (the right one may have no data); null where a panel is nothing but such columns side by side
+  void (*pack_columns)(const void*, int64_t stride, int64_t columns, int64_t count, Panel left,
+                       Panel right);
   int64_t (*tile_count)(const PanelProduct&);
   void (*multiply_tile)(const PanelProduct&, int64_t task);  // task = tile * splits + split
   // the rows [begin, end) of all heads, splits in order

@@ -102,7 +102,7 @@ void multiply_tile(const PanelProduct& p, int64_t task) {
 }
 
 constexpr PanelKernels kKernels = {W,     kSegment, kBlock,          sizeof(uint16_t),  false,
-                                   &pack, &tile_count<W>, &multiply_tile, &add_splits<float>};
+                                   &pack, nullptr, &tile_count<W>, &multiply_tile, &add_splits<float>};
 
 }  // namespace
 

@@ -116,6 +116,45 @@ void pack(const Activations& x, const TokenList& list, Panel panel, bool left, i
   }
 }
 
+// A left panel has the tokens of a column side by side, as they come; a right one is its transpose.
+void pack_columns(const void* data, int64_t stride, int64_t columns, int64_t count, Panel left,
+                  Panel right) {
+  const float* const values = static_cast<const float*>(data);
+  auto widened = [](__m256i half) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  };
+  for (int64_t s = 0; s < slices_of(columns, W); ++s) {
+    for (int64_t block = 0; block < count; block += kBlock) {
+      uint32_t* const to = block_of(left, s, block);
+      for (int64_t c = 0; c < W; ++c) {
+        Columns tokens;
+        if (s * W + c < columns)
+          tokens = load_columns(values + (s * W + c) * stride + block, count - block, false, 1.f);
+        __m512 &x = tokens.half[0], &y = tokens.half[1];
+        for (int term = 0; term < kTerms; ++term) {
+          const __m512i terms = (__m512i)_mm512_cvtne2ps_pbh(y, x);
+          _mm512_storeu_si512(to + term * kPairsOfBlock + c * kPairs, terms);
+          x = _mm512_sub_ps(x, widened(_mm512_castsi512_si256(terms)));
+          y = _mm512_sub_ps(y, widened(_mm512_extracti64x4_epi64(terms, 1)));
+          if (term > 0) continue;
+          x = without_nan(x);
+          y = without_nan(y);
+        }
+      }
+      if (!right.data) continue;
+      uint32_t* const across = block_of(right, s, block);
+      for (int64_t half = 0; half < 2 * kTerms; ++half) {
+        const uint32_t* from = to + half * 16 * kPairs;
+        Vec<float> square[16];
+        for (int c = 0; c < 16; ++c) std::memcpy(&square[c], from + c * kPairs, sizeof square[c]);
+        transpose<float>(square);
+        uint32_t* const pairs = across + half / 2 * kPairsOfBlock + half % 2 * 16;
+        for (int p = 0; p < 16; ++p) std::memcpy(pairs + p * W, &square[p], sizeof square[p]);
+      }
+    }
+  }
+}
+
 // Terms of the two sides of a block, to the four products of halves.
 #define FISHERKERN_LOAD_LEFT(term)                                        \
   _tile_loadd(4, left + (term) * kPairsOfBlock, kLeft);                   \
@@ -192,6 +231,7 @@ constexpr PanelKernels kKernels = {W,
                                    kTerms * sizeof(uint16_t),
                                    false,
                                    &pack,
+                                   &pack_columns,
                                    &tile_count<W>,
                                    &multiply_tile,
                                    &add_splits<float>};

@@ -216,22 +216,20 @@ void project(std::vector<Tensor> logits, const Tensor& reference, const Tensor& 
         return;
       }
       const int64_t token = slice * W, last_token = std::min(token + group * W, T);
-      auto fill = [&](int64_t from, int64_t to, void* data, int64_t stride) {
-        factor.fill(from, to, begin + first, begin + last, roots.plain(), true, data, stride);
+      auto fill = [&](int64_t from, int64_t to, bool by_class, void* data, int64_t stride) {
+        factor.fill(from, to, begin + first, begin + last, roots.plain(), by_class, data, stride);
       };
       if (kernels.sides_alike) {  // a panel is the factor as it is, slice by slice
         for (int64_t t = token; t < last_token; t += W)
-          fill(t, std::min(t + W, last_token), part_of(kernels, left, t / W, first).data, W);
+          fill(t, std::min(t + W, last_token), true, part_of(kernels, left, t / W, first).data, W);
         return;
       }
       static thread_local PanelMemory buffer;
       buffer.reserve(kClasses * group * W * factor.width());
-      fill(token, last_token, buffer.data(), group * W);
-      const Activations made = matrix(buffer.data(), last_token - token, group * W, wide);
-      const TokenList list{nullptr, nullptr, last - first};
-      kernels.pack(made, list, part_of(kernels, left, slice, first), true, 0, last - first);
-      if (twice)
-        kernels.pack(made, list, part_of(kernels, right, slice, first), false, 0, last - first);
+      fill(token, last_token, false, buffer.data(), kClasses);
+      kernels.pack_columns(buffer.data(), kClasses, last_token - token, last - first,
+                           part_of(kernels, left, slice, first),
+                           twice ? part_of(kernels, right, slice, first) : Panel{nullptr, capacity});
     });
     const auto segments = segments_of(count, kernels.segment);
     for (PanelProduct& p : products) {
