@@ -3,7 +3,7 @@
 Each kernel module has a tuple ``AOT`` of (kernel, family, constexpr variants) beside its kernels.
 The family is one of `_config.LAUNCHES`, where a constant may be a function of the rule; one of
 `_covariance_config.LAUNCHES`, whose kernels compute tiles of a matrix; one of
-`softmax_fisher_factor.LAUNCHES`, whose kernels multiply blocks of columns; or None, where a variant
+`_factor_config.LAUNCHES`, whose kernels multiply blocks of columns; or None, where a variant
 holds every constant and may hold the number of warps. Types follow from the names of arguments, so
 a new argument without a type fails loudly. Needs a process without TRITON_INTERPRET.
 """
@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import fisherkern.kernels
-from fisherkern.kernels import _config, _covariance_config, softmax_fisher_factor
+from fisherkern.kernels import _config, _covariance_config, _factor_config
 
 TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32)}
 # Largest shared memory of a block, in bytes.
@@ -215,7 +215,7 @@ def cases() -> Iterator[Case]:
             if family in _covariance_config.LAUNCHES["sm_90"]:
                 yield from _tile_cases(kernel, family, variants)
                 continue
-            if family in softmax_fisher_factor.LAUNCHES["sm_90"]:
+            if family in _factor_config.LAUNCHES["sm_90"]:
                 yield from _block_cases(kernel, family, variants)
                 continue
             if "alpha_ptr" in kernel.arg_names or "x_ptr" in kernel.arg_names:
@@ -260,9 +260,9 @@ def _block_cases(kernel: Any, family: str, variants: tuple[dict, ...]) -> Iterat
     With fewer it takes fewer registers: that it compiles then is seen once per architecture.
     """
     everything, *others = variants
-    least = {"COLUMNS": softmax_fisher_factor.LEAST_COLUMNS}
+    least = {"COLUMNS": _factor_config.LEAST_COLUMNS}
     for target in TARGETS:
-        for key, rules in softmax_fisher_factor.LAUNCHES[target][family].items():
+        for key, rules in _factor_config.LAUNCHES[target][family].items():
             arithmetic, *unaligned = key.split()
             choices = list(_block_operands(arithmetic, bool(unaligned)))
             for columns, launch in rules:
