@@ -189,7 +189,8 @@ void cross_update(const Tensor& x, const Tensor& g, const Optional& mask, const 
   STD_TORCH_CHECK(factor.dim() == 2 && p.rows == left.width() && p.columns == right.width(),
                   "factor must be [columns of g, columns of x]");
   p.square = form == "samples";
-  update(left, right, Tokens(x, mask, weights), p, factor.scalar_type() == ScalarType::Double, precision);
+  update(left, right, Tokens(x, mask, weights), p, factor.scalar_type() == ScalarType::Double,
+         precision);
 }
 
 // Copies the rows [first, last) left of the diagonal onto the columns above it, some columns at a

@@ -142,8 +142,8 @@ void pack(const Activations& x, const TokenList& list, Panel panel, bool, int64_
 
 template <class A>
 constexpr PanelKernels kKernels = {
-    kSlice<A>,      kSegment<A>,          1, sizeof(A), true, &pack<A>, nullptr, &tile_count<kSlice<A>>,
-    &multiply_tile<A>, &add_splits<A>};
+    kSlice<A>, kSegment<A>,            1,                 sizeof(A),     true, &pack<A>,
+    nullptr,   &tile_count<kSlice<A>>, &multiply_tile<A>, &add_splits<A>};
 
 }  // namespace
 

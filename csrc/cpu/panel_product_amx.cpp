@@ -12,7 +12,8 @@ constexpr int64_t kSegment = 512;
 constexpr uint16_t kOne = 0x3f80;
 
 uint32_t* block_of(Panel panel, int64_t slice, int64_t token) {
-  return static_cast<uint32_t*>(panel.data) + (slice * panel.capacity + token) / kBlock * kPairsOfBlock;
+  return static_cast<uint32_t*>(panel.data) +
+         (slice * panel.capacity + token) / kBlock * kPairsOfBlock;
 }
 
 // 32 columns of one token, zeros past the last.

@@ -14,7 +14,7 @@ all sums follows from shapes alone. Nothing waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -302,33 +302,13 @@ class Kernels:
         """Σ w p, and what each p is made of."""
         powers(self, *operands)
 
-    def softmax_fisher_project(
-        self,
-        logits: Sequence[Tensor],
-        reference: Tensor,
-        unit: Tensor,
-        labels: Tensor | None,
-        at_label: Tensor | None,
-        temperature: float,
-        *how: Any,
-    ) -> None:
+    def softmax_fisher_project(self, *operands: Any) -> None:
         """Uᵀ diag(scale) [y, 1] and the lower triangle of Uᵀ diag(scale) U."""
-        factor = Factor(self, logits, reference, unit, labels, at_label, temperature)
-        factor.project(*how)
+        Factor(self, *operands[:6]).project(*operands[6:])
 
-    def softmax_fisher_expand(
-        self,
-        logits: Sequence[Tensor],
-        reference: Tensor,
-        unit: Tensor,
-        labels: Tensor | None,
-        at_label: Tensor | None,
-        temperature: float,
-        *how: Any,
-    ) -> None:
+    def softmax_fisher_expand(self, *operands: Any) -> None:
         """diag(y_scale) y + alpha diag(scale) U c."""
-        factor = Factor(self, logits, reference, unit, labels, at_label, temperature)
-        factor.expand(*how)
+        Factor(self, *operands[:6]).expand(*operands[6:])
 
     def covariance_update(
         self,
