@@ -153,11 +153,11 @@ class LowRankOperator(ABC):
         Raises:
             TypeError, ValueError: x of the wrong type, dtype, device or shape.
         """
-        product = self @ x
-        if x.ndim == 1:
-            return torch.dot(x.detach(), product)
-        form = x.detach().mT @ product
-        return (form + form.mT) / 2
+        product = self._block("product", self @ x)
+        # in float64: some BLAS add thousands of terms one after another
+        form = self._block("x", x).double().mT @ product.double()
+        form = ((form + form.mT) / 2).to(self.dtype)
+        return form[0, 0] if x.ndim == 1 else form
 
     def diagonal(self) -> Tensor:
         """The diagonal [n]."""
@@ -300,8 +300,13 @@ class LowRankOperator(ABC):
                 tolerance.
         """
         block = self._block("y", y)
-        result = block.new_empty(block.shape) if out is None else self._destination(out, y)
-        if refine or self.path != "woodbury":
+        destination = None if out is None else self._destination(out, y)
+        iterates = refine or self.path != "woodbury"
+        # columns that fail to converge must not leave others in an `out` that may be y
+        new = destination is None or iterates
+        result = block.new_empty(block.shape) if new else destination
+        assert result is not None
+        if iterates:
             self._iterate(block, damping, tolerance, iterations, result)
         else:
             self._woodbury(block, damping, result)

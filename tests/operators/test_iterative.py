@@ -87,6 +87,16 @@ def test_few_iterations_are_an_error_and_nan_stays(backend: str) -> None:
     y = block(V)
     with pytest.raises(torch.linalg.LinAlgError, match=r"iterations is 2, .*tolerance is 1e-06"):
         F.solve(y, 1e-5, tolerance=1e-6, iterations=2)
+    # nor is anything written, though the first column converges at once
+    mixed = y.clone()
+    mixed[:, 0] = 0
+    before = mixed.clone()
+    with pytest.raises(torch.linalg.LinAlgError):
+        F.solve(mixed, 1e-5, out=mixed, tolerance=1e-6, iterations=2)
+    assert torch.equal(mixed, before)
+    expected = F.solve(y, 1e-3)
+    assert F.solve(mixed.copy_(y), 1e-3, out=mixed) is mixed
+    assert torch.equal(mixed, expected)
     y[3, 1] = torch.nan
     x = F.solve(y, 1e-3)
     assert bool(x[:, 1].isnan().all())
