@@ -22,7 +22,6 @@ import triton.language as tl
 
 _LOG2E = math.log2(math.e)
 _LN2 = tl.constexpr(math.log(2.0))
-_NAN = tl.constexpr(float("nan"))
 _NEGATIVE_INFINITY = tl.constexpr(float("-inf"))
 _POSITIVE_INFINITY = tl.constexpr(float("inf"))
 _NO_CLASS = tl.constexpr(2**31 - 1)
@@ -180,7 +179,7 @@ def star_probability(m, s, others, lse_ptr, token, scale, scale_low):
     """Log p*, p* and the Σ' p of the others; NaN where all is −inf and there is no logsumexp."""
     if lse_ptr is None:
         log_p = -log1p(others)
-        p = tl.where(m == _NEGATIVE_INFINITY, _NAN, 1.0 / s)
+        p = tl.where(m == _NEGATIVE_INFINITY, float("nan"), 1.0 / s)
     else:
         # in float64, since the difference of two large numbers decides
         log_p = m * natural_rate(scale, scale_low) - tl.load(lse_ptr + token)

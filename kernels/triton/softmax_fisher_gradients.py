@@ -12,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 from fisherkern.kernels._common import (
-    _NAN,
     _NEGATIVE_INFINITY,
     _NO_CLASS,
     complement,
@@ -88,7 +87,7 @@ def gradient_kernel(
     label = tl.load(labels_ptr + token)
     weight = token_weight(weights_ptr, token)
     outside = (label < 0) | (label >= classes)
-    weight = tl.where(outside & (weight != 0), _NAN, weight)
+    weight = tl.where(outside & (weight != 0), float("nan"), weight)
     limit = tl.where(weight == 0, 0, classes)
     shift, factor, rest = normaliser(z_ptr, limit, lse_ptr, token, scale, scale_low, BLOCK)
     store_gradient(
