@@ -62,6 +62,25 @@ def test_divergence_is_reported(planted: ctypes.CDLL, kernel: str, message: str)
     assert any(part in said for part in message.split("|")), said
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_cluster_barrier(planted: ctypes.CDLL, seed: int) -> None:
+    """Blocks of a cluster read what their neighbours wrote, before those are gone."""
+    planted.emulation_seed(seed)
+    values, pointer = _int_buffer()
+    assert planted.planted_neighbours(pointer, 1, 1) == 0
+    assert values[:4].tolist() == [1, 2, 3, 0]
+    assert planted.planted_neighbours(pointer, 0, 1) == 0
+    assert values[:4].tolist() != [1, 2, 3, 0], "the missing barrier of the cluster went unseen"
+    assert planted.planted_neighbours(pointer, 1, 0) != 0
+    assert "exited" in planted.emulation_error().decode()
+
+
+def test_copy_that_none_begins(planted: ctypes.CDLL) -> None:
+    _, pointer = _int_buffer()
+    assert planted.planted_endless_copy(pointer) != 0
+    assert "copy" in planted.emulation_error().decode()
+
+
 def test_dynamic_shared_memory_starts_poisoned(planted: ctypes.CDLL) -> None:
     values, pointer = _int_buffer()
     assert planted.planted_unwritten_shared(pointer) == 0
@@ -75,14 +94,13 @@ def _case() -> tuple[Tensor, Tensor, Tensor]:
     return logits, v, torch.tensor([0.5, 0.0, 2.0])
 
 
-def _results(kernels: object, limit: int | None = None) -> list[Tensor]:
+def _results(kernels: object) -> list[Tensor]:
     """A result of each kind of kernel: rows, per token, per class, and the sampler."""
     logits, v, weights = _case()
-    if limit is not None:
-        kernels.shared_limit(limit)
     matvec, gradient = torch.full_like(v, math.nan), torch.full_like(v, math.nan)
     stats, quadratic = torch.full((3, 5), math.nan), torch.full((3, 2, 2), math.nan)
-    total = torch.full((300,), math.nan)
+    total, sums = torch.full((300,), math.nan), torch.full((300,), math.nan)
+    reference, unit = torch.full((3,), math.nan), torch.full((3,), math.nan)
     labels = torch.full((3,), -7)
     seed = torch.tensor([1234])
     kernels.softmax_fisher_matvec(logits, v, weights, None, 1.5, matvec)
@@ -90,8 +108,9 @@ def _results(kernels: object, limit: int | None = None) -> list[Tensor]:
     directions = torch.stack([v, v.roll(1, -1)], -2)
     kernels.softmax_fisher_quadratic(logits, directions, None, None, 1.5, quadratic)
     kernels.softmax_fisher_diagonal_sum(logits, weights, None, 1.5, total)
+    kernels.softmax_fisher_powers(logits, weights, None, 1.5, sums, reference, unit)
     kernels.softmax_fisher_sample(logits, seed, weights, None, 1.5, labels, gradient)
-    return [matvec, stats, quadratic, total, labels, gradient]
+    return [matvec, stats, quadratic, total, sums, reference, unit, labels, gradient]
 
 
 def test_results_do_not_depend_on_the_schedule(emulated: build.Emulated) -> None:
@@ -104,9 +123,13 @@ def test_results_do_not_depend_on_the_schedule(emulated: build.Emulated) -> None
             assert torch.equal(result, first)
 
 
-@pytest.mark.parametrize("limit", [0, 227 * 1024], ids=["streamed", "cached"])
-def test_close_to_the_reference(emulated: build.Emulated, limit: int) -> None:
-    for result, expected in zip(
-        _results(emulated, limit), _results(_reference_kernels), strict=True
-    ):
+@pytest.mark.parametrize("size", [0, 512, 4096], ids=["streamed", "cluster", "block"])
+def test_close_to_the_reference(emulated: build.Emulated, size: int) -> None:
+    """Rows read twice, kept by a cluster of blocks in slices of 512 bytes, and by one block."""
+    emulated.slice_bytes(size)
+    try:
+        results = _results(emulated)
+    finally:
+        emulated.slice_bytes(build.SLICE_BYTES)
+    for result, expected in zip(results, _results(_reference_kernels), strict=True):
         torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)

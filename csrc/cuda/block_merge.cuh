@@ -33,8 +33,7 @@ __device__ inline State warp_merge(State state, const Exponent& exponent) {
 
 // Valid in every thread; the block is whole warps. Also a barrier for other shared memory.
 template <class State>
-__device__ inline State block_merge(State state, const Exponent& exponent) {
-  __shared__ State warps[32];
+__device__ inline State block_merge(State state, const Exponent& exponent, State* warps) {
   state = warp_merge(state, exponent);
   __syncthreads();  // a previous merge may still be read
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = state;
@@ -48,6 +47,12 @@ __device__ inline State block_merge(State state, const Exponent& exponent) {
   }
   __syncthreads();
   return warps[0];
+}
+
+template <class State>
+__device__ inline State block_merge(State state, const Exponent& exponent) {
+  __shared__ State warps[32];
+  return block_merge(state, exponent, warps);
 }
 
 }  // namespace fisherkern::cuda

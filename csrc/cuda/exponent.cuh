@@ -47,6 +47,10 @@ struct Exponent {
   __device__ float log2(float z) const { return log2(z, reference); }
   __device__ float log2(float z, float base) const { return fmaf(z - base, scale, bias); }
 
+  // Of a term of a sum over classes: the rounding of its exponent is left alone, |t| / 2 ulp of either
+  // sign, and terms with a large |t| are small.
+  __device__ float term(float t) const { return power_of_two(t); }
+
   __device__ float power(float z) const { return power(z, reference); }
 
   // 2^t for t = log2(z, base), times what the roundings of t and of the scale lost: left alone, they

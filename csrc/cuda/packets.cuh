@@ -74,6 +74,11 @@ struct Span {
   }
 };
 
+struct Bytes {
+  uintptr_t from = 0;
+  unsigned count = 0;
+};
+
 // One row of one operand, read or written by the groups of a span.
 template <class T>
 struct Operand {
@@ -90,6 +95,22 @@ struct Operand {
         aligned((reinterpret_cast<uintptr_t>(row) / sizeof(T) - span.lead) % kSize == 0) {}
 
   __device__ int first(int group) const { return group * kSize - lead; }
+
+  // What holds the classes of groups [begin, end), in whole units of 16 bytes.
+  __device__ Bytes bytes(int begin, int end) const {
+    const int low = max(first(begin), 0), high = min(first(end), classes);
+    if (low >= high) return {};
+    const uintptr_t from = reinterpret_cast<uintptr_t>(row + low) / 16 * 16;
+    const uintptr_t to = (reinterpret_cast<uintptr_t>(row + high) + 15) / 16 * 16;
+    return {from, static_cast<unsigned>(to - from)};
+  }
+
+  // Those bytes are at `memory` now; the rest of the row is nowhere.
+  __device__ void move(const Bytes& bytes, void* memory) {
+    const auto moved = reinterpret_cast<uintptr_t>(memory) - bytes.from;
+    row = reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(row) + moved);
+  }
+
   __device__ bool inside(int c) const { return c >= 0 && c < classes; }
   __device__ bool whole(int c) const { return aligned && c >= 0 && c + kSize <= classes; }
 
@@ -121,32 +142,6 @@ struct Operand {
       for (int j = 0; j < kSize; ++j)
         if (inside(c + j)) store_scalar(row + c + j, value[j]);
     }
-  }
-};
-
-// A float per class in dynamic shared memory. Every thread reads what it wrote itself; planes of
-// float4 keep the accesses of neighbouring threads free of bank conflicts.
-template <class T>
-struct RowCache {
-  static constexpr int kSize = Packet<T>::kSize;
-  float4* memory;
-  int groups;
-
-  static size_t bytes(int64_t classes) { return (classes / kSize + 2) * kSize * sizeof(float); }
-
-  __device__ void load(int group, float (&value)[kSize]) const {
-#pragma unroll
-    for (int k = 0; k < kSize / 4; ++k) {
-      const float4 q = memory[k * groups + group];
-      value[4 * k] = q.x, value[4 * k + 1] = q.y, value[4 * k + 2] = q.z, value[4 * k + 3] = q.w;
-    }
-  }
-
-  __device__ void store(int group, const float (&value)[kSize]) const {
-#pragma unroll
-    for (int k = 0; k < kSize / 4; ++k)
-      memory[k * groups + group] =
-          make_float4(value[4 * k], value[4 * k + 1], value[4 * k + 2], value[4 * k + 3]);
   }
 };
 

@@ -37,22 +37,6 @@ __device__ inline int first_equal(const float (&z)[kSize], float top) {
   return first;
 }
 
-// The largest logit and the first class that has it.
-struct Peak {
-  float m;
-  int index;
-
-  __device__ static Peak empty() { return {-INFINITY, INT_MAX}; }
-
-  __device__ void update(float z, int index_of_z) {
-    if (z > m) m = z, index = index_of_z;
-  }
-
-  __device__ void merge(const Peak& other, const Exponent&) {
-    if (other.m > m || (other.m == m && other.index < index)) *this = other;
-  }
-};
-
 // s' = sum' e; from order 2 on q2' = sum' e^2; from order 3 on q3' = sum' e^3 and the entropy term
 // h = sum e (m - z) scale (over all classes and from the reference where a logsumexp is given);
 // order 4 counts the classes that share the maximum.
@@ -87,42 +71,33 @@ struct PeakSums : PeakTerms<kOrder> {
     return state;
   }
 
-  // Every thread starts from the maximum of the whole row; its owner adds the star.
-  template <int kInputs>
-  __device__ static PeakSums at(const Peak& peak, const float (&)[kInputs]) {
-    PeakSums state = empty();
-    state.m = peak.m;
-    return state;
-  }
-
   __device__ void settle() {}
-
-  template <int kInputs>
-  __device__ void add(float e, const float (&)[kInputs], int index, const Peak& peak) {
-    static_assert(kOrder == 1);
-    if (index == peak.index) star = e;
-    else s += e;
-  }
 
   template <int kSize, class Get>
   __device__ void update(const Exponent& exponent, const float (&z)[kSize], Get, int) {
     const float top = largest(z);
-    int skip = -1;
     if (top > m) {
       const float depth = fminf(exponent.distance(top, m), Exponent::kMaxDepth);
       demote(exponent.ratio(top, m), exponent.given ? 0.f : depth);
       const float t = exponent.given ? exponent.log2(top) : 0.f;
       m = top;
       star = exponent.given ? exponent.power(top) : 1.f;
-      skip = first_equal(z, top);
       if constexpr (kOrder >= 3) this->h = fmaf(star, fminf(-t, Exponent::kMaxDepth), this->h);
       if constexpr (kOrder >= 4) this->ties = 0.f;
+      add(exponent, z, first_equal(z, top));
+    } else {
+      add(exponent, z, -1);
     }
+  }
+
+  // All but one of a packet; with a constant -1, which is the rule, nothing is compared.
+  template <int kSize>
+  __device__ void add(const Exponent& exponent, const float (&z)[kSize], int skip) {
     const float base = exponent.base(m);
 #pragma unroll
     for (int j = 0; j < kSize; ++j) {
       const float t = exponent.log2(z[j], base);
-      const float e = j == skip ? 0.f : exponent.power(z[j], base);
+      const float e = j == skip ? 0.f : exponent.term(t);
       s += e;
       if constexpr (kOrder >= 2) this->q2 = fmaf(e, e, this->q2);
       if constexpr (kOrder >= 3) {
@@ -183,16 +158,6 @@ struct Moments {
     return state;
   }
 
-  __device__ static Moments at(const Peak& peak, const float (&x)[kInputs]) {
-    Moments state{};
-    state.m = peak.m;
-#pragma unroll
-    for (int k = 0; k < kInputs; ++k) state.centre[k] = x[k];
-    return state;
-  }
-
-  __device__ void add(float e, const float (&x)[kInputs], int, const Peak&) { add(e, x); }
-
   __device__ void add(float e, const float (&x)[kInputs]) {
     float d[kInputs];
     s += e;
@@ -231,7 +196,7 @@ struct Moments {
 #pragma unroll
     for (int j = 0; j < kSize; ++j) {
       get(j, x);
-      add(exponent.power(z[j], base), x);
+      add(exponent.term(exponent.log2(z[j], base)), x);
     }
   }
 
@@ -310,26 +275,12 @@ struct RootSums {
 
   __device__ static RootSums empty() { return {-INFINITY, 0.f, 0.f, 0.f, 0.f, INT_MAX}; }
 
-  __device__ static RootSums at(const Peak& peak, const float (&)[1]) {
-    RootSums state = empty();
-    state.m = peak.m;
-    return state;
-  }
-
   __device__ void settle() {}
-
-  __device__ void add(float e, const float (&x)[1], int class_index, const Peak& peak) {
-    if (class_index == peak.index) {
-      star = e, v = x[0], index = class_index;
-    } else {
-      s += e;
-      b = fmaf(sqrtf(e), x[0], b);
-    }
-  }
 
   template <int kSize, class Get>
   __device__ void update(const Exponent& exponent, const float (&z)[kSize], Get get, int first) {
     const float top = largest(z);
+    float x[1];
     int skip = -1;
     if (top > m) {
       demote(exponent.ratio(top, m));
@@ -341,9 +292,8 @@ struct RootSums {
     const float base = exponent.base(m);
 #pragma unroll
     for (int j = 0; j < kSize; ++j) {
-      float x[1];
       get(j, x);
-      const float e = j == skip ? 0.f : exponent.power(z[j], base);
+      const float e = j == skip ? 0.f : exponent.term(exponent.log2(z[j], base));
       if (j == skip) v = x[0];
       s += e;
       b = fmaf(sqrtf(e), x[0], b);

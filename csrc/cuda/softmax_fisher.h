@@ -30,9 +30,11 @@ int softmax_fisher_quadratic(const SoftmaxFisher& problem, Rows directions,
 int64_t softmax_fisher_diagonal_sum_workspace(const SoftmaxFisher& problem);
 int softmax_fisher_diagonal_sum(const SoftmaxFisher& problem, float* out, void* workspace,
                                 void* stream);
-int64_t softmax_fisher_mean_probs_workspace(const SoftmaxFisher& problem);
-int softmax_fisher_mean_probs(const SoftmaxFisher& problem, float* out, void* workspace,
-                              void* stream);
+// out [V] = sum w p; where they are given, reference and unit [T] with
+// p = unit exp((z - reference) / tau), both 0 for a weight of 0.
+int64_t softmax_fisher_powers_workspace(const SoftmaxFisher& problem);
+int softmax_fisher_powers(const SoftmaxFisher& problem, float* out, float* reference, float* unit,
+                          void* workspace, void* stream);
 
 // out [T] and [T, 5].
 int64_t softmax_fisher_trace_workspace(const SoftmaxFisher& problem);

@@ -90,13 +90,24 @@ void diagonal_sum(const Tensor& logits, const Optional& weights, const Optional&
   });
 }
 
+void powers(const Tensor& logits, const Optional& weights, const Optional& logsumexp,
+            double temperature, Tensor sums, Optional reference, Optional unit) {
+  const auto f = problem_of(logits, weights, {}, logsumexp, temperature);
+  auto* to = static_cast<float*>(flat_of(sums, logits, f.classes, "sums"));
+  STD_TORCH_CHECK(reference.has_value() == unit.has_value(), "reference and unit go together");
+  const auto per_token = [&](const Optional& x, const char* name) {
+    return x ? static_cast<float*>(flat_of(*x, logits, f.batches * f.tokens, name)) : nullptr;
+  };
+  float* const references = per_token(reference, "reference");
+  float* const units = per_token(unit, "unit");
+  run(logits, softmax_fisher_powers_workspace(f), [&](void* memory, void* stream) {
+    return softmax_fisher_powers(f, to, references, units, memory, stream);
+  });
+}
+
 void mean_probs(const Tensor& logits, const Optional& weights, const Optional& logsumexp,
                 double temperature, Tensor out) {
-  const auto f = problem_of(logits, weights, {}, logsumexp, temperature);
-  auto* to = static_cast<float*>(flat_of(out, logits, f.classes, "out"));
-  run(logits, softmax_fisher_mean_probs_workspace(f), [&](void* memory, void* stream) {
-    return softmax_fisher_mean_probs(f, to, memory, stream);
-  });
+  powers(logits, weights, logsumexp, temperature, out, {}, {});
 }
 
 void trace(const Tensor& logits, const Optional& mask, const Optional& logsumexp,
@@ -170,6 +181,7 @@ STABLE_TORCH_LIBRARY_IMPL(fisherkern_native, CUDA, m) {
   m.impl("softmax_fisher_diagonal", TORCH_BOX(&fisherkern::cuda::diagonal));
   m.impl("softmax_fisher_diagonal_sum", TORCH_BOX(&fisherkern::cuda::diagonal_sum));
   m.impl("softmax_fisher_mean_probs", TORCH_BOX(&fisherkern::cuda::mean_probs));
+  m.impl("softmax_fisher_powers", TORCH_BOX(&fisherkern::cuda::powers));
   m.impl("softmax_fisher_trace", TORCH_BOX(&fisherkern::cuda::trace));
   m.impl("softmax_fisher_stats", TORCH_BOX(&fisherkern::cuda::stats));
   m.impl("softmax_fisher_stats_backward", TORCH_BOX(&fisherkern::cuda::stats_backward));

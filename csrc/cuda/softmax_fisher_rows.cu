@@ -12,24 +12,24 @@ struct Weighted {
   __device__ float prepare(float weight, int64_t, int) const { return weight; }
 };
 
-// w p (v - <p, v>) / tau^2, or with `root` sqrt(w) sqrt(p) (v - <p, v>) / tau.
+// w p (v - <p, v>) / tau^2, or with kRoot sqrt(w) sqrt(p) (v - <p, v>) / tau.
+template <bool kRoot>
 struct Centred : Weighted {
   static constexpr int kInputs = 1;
   using State = Moments<1>;
   float inverse_temperature;
-  bool root;
   float factor, centre, mean;
 
   __device__ void finish(const State& state, const Exponent& exponent, float weight) {
     const float inverse = 1.f / state.total(exponent);
     factor = weight * inverse_temperature *
-             (root ? sqrtf(inverse) : inverse * inverse_temperature);
+             (kRoot ? sqrtf(inverse) : inverse * inverse_temperature);
     centre = state.centre[0];
     mean = state.a[0] * inverse;
   }
 
   __device__ float value(float e, const float (&v)[1], int) const {
-    return factor * (root ? sqrtf(e) : e) * ((v[0] - centre) - mean);
+    return factor * (kRoot ? sqrtf(e) : e) * ((v[0] - centre) - mean);
   }
 };
 
@@ -110,7 +110,7 @@ Op with_temperature(const SoftmaxFisher& problem) {
 }  // namespace
 
 int softmax_fisher_matvec(const SoftmaxFisher& problem, Rows v, Rows out, void*, void* stream) {
-  return launch_rows(problem, with_temperature<Centred>(problem), {{v}}, out, stream);
+  return launch_rows(problem, with_temperature<Centred<false>>(problem), {{v}}, out, stream);
 }
 
 int softmax_fisher_matvec_backward(const SoftmaxFisher& problem, Rows v, Rows grad, Rows out, void*,
@@ -126,9 +126,7 @@ int softmax_fisher_sqrt_matvec(const SoftmaxFisher& problem, Rows v, Rows out, v
 
 int softmax_fisher_sqrt_rmatvec(const SoftmaxFisher& problem, Rows v, Rows out, void*,
                                 void* stream) {
-  auto op = with_temperature<Centred>(problem);
-  op.root = true;
-  return launch_rows(problem, op, {{v}}, out, stream);
+  return launch_rows(problem, with_temperature<Centred<true>>(problem), {{v}}, out, stream);
 }
 
 int softmax_fisher_diagonal(const SoftmaxFisher& problem, Rows out, void*, void* stream) {

@@ -1,8 +1,9 @@
 // Labels y ~ p by inversion, and w (p - e_y) / tau, in one kernel.
 //
-// y is the least class whose cumulative sum of e exceeds u S, u uniform and S = sum e. Classes are
-// cut into at most kMaxChunks chunks, each summed by one warp; the chunk that holds u S is then
-// summed again class by class. The label is chosen before anything is written: out may be logits.
+// y is the least class whose cumulative sum of e exceeds u S, u uniform and S = sum e. The blocks of a
+// team know what lies before their part; the one where u S falls cuts its part into chunks, each
+// summed by one warp, and sums the chunk that holds u S again class by class. The label is chosen
+// before anything is written: out may be the logits.
 #include "../philox.h"
 #include "row_kernel.cuh"
 #include "softmax_fisher.h"
@@ -10,89 +11,38 @@
 namespace fisherkern::cuda {
 namespace {
 
-constexpr int kMaxChunks = 256;
+constexpr int kMaxChunks = 64;
 constexpr int kNone = -1;
 using Sums = PeakSums<1>;
 
-// Chunk c of a row: groups [c * chunk_groups, (c + 1) * chunk_groups), 32 at a time.
+// Chunk c of a part of a row: groups [begin(c), end(c)), 32 at a time.
 struct Chunks {
-  int groups, chunk_groups, count;
+  int first, last, chunk_groups, count;
 
-  __device__ explicit Chunks(int groups) : groups(groups) {
-    const int tiles = (groups + 31) / 32;
+  __device__ Chunks(int first, int last) : first(first), last(last) {
+    const int tiles = (last - first + 31) / 32;
     const int chunk_tiles = (tiles + kMaxChunks - 1) / kMaxChunks;
     chunk_groups = chunk_tiles * 32;
-    count = (tiles + chunk_tiles - 1) / chunk_tiles;
+    count = tiles == 0 ? 0 : (tiles + chunk_tiles - 1) / chunk_tiles;
   }
 
-  __device__ int begin(int chunk) const { return chunk * chunk_groups; }
-  __device__ int end(int chunk) const { return min(begin(chunk) + chunk_groups, groups); }
-};
-
-// One row as the sampler sees it: its powers come from the cache or from the logits.
-template <class T>
-struct Row {
-  static constexpr int kSize = Packet<T>::kSize;
-  Operand<T> logits;
-  RowCache<T> cache;
-  bool cached;
-  Exponent exponent;
-
-  __device__ void powers(int group, float (&e)[kSize]) const {
-    if (cached) {
-      cache.load(group, e);
-    } else {
-      const Packet<T> packet = logits.load(group, -INFINITY);
-#pragma unroll
-      for (int j = 0; j < kSize; ++j) e[j] = exponent.power(packet.get(j));
-    }
-  }
+  __device__ int begin(int chunk) const { return first + chunk * chunk_groups; }
+  __device__ int end(int chunk) const { return min(begin(chunk) + chunk_groups, last); }
 };
 
 // One state per chunk, in shared memory; each chunk belongs to one warp.
 template <class T>
-__device__ void sum_chunks(Row<T>& row, const Chunks& chunks, Sums* chunk_sums) {
-  constexpr int kSize = Packet<T>::kSize;
+__device__ void sum_chunks(const Operand<T>& logits, const Exponent& exponent, const Chunks& chunks,
+                           Sums* chunk_sums) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const bool maximum_first = row.cached && !row.exponent.given;
-  Peak peak = Peak::empty();
-  if (maximum_first) {
-    for (int chunk = warp; chunk < chunks.count; chunk += warps)
-      for (int g = chunks.begin(chunk) + lane; g < chunks.end(chunk); g += 32) {
-        const Packet<T> packet = row.logits.load(g, -INFINITY);
-        float z[kSize];
-#pragma unroll
-        for (int j = 0; j < kSize; ++j) {
-          z[j] = packet.get(j);
-          peak.update(z[j], row.logits.first(g) + j);
-        }
-        row.cache.store(g, z);
-      }
-    peak = block_merge(peak, row.exponent);
-    row.exponent.reference = peak.m;
-  }
-  const float unused[1] = {};
   for (int chunk = warp; chunk < chunks.count; chunk += warps) {
-    Sums sums = maximum_first ? Sums::at(peak, unused) : Sums::empty();
+    Sums sums = Sums::empty();
     for (int g = chunks.begin(chunk) + lane; g < chunks.end(chunk); g += 32) {
-      float e[kSize];
-      if (maximum_first) {
-        row.cache.load(g, e);
-#pragma unroll
-        for (int j = 0; j < kSize; ++j) {
-          e[j] = row.exponent.power(e[j], row.exponent.base(peak.m));
-          sums.add(e[j], unused, row.logits.first(g) + j, peak);
-        }
-      } else {
-        row.logits.load(g, -INFINITY).get(e);
-        sums.update(row.exponent, e, NoInputs{}, 0);
-#pragma unroll
-        for (int j = 0; j < kSize; ++j)
-          if (row.cached) e[j] = row.exponent.power(e[j]);
-      }
-      if (row.cached) row.cache.store(g, e);
+      float z[Packet<T>::kSize];
+      logits.load(g, -INFINITY).get(z);
+      sums.update(exponent, z, NoInputs{}, 0);
     }
-    sums = warp_merge(sums, row.exponent);
+    sums = warp_merge(sums, exponent);
     if (lane == 0) chunk_sums[chunk] = sums;
   }
 }
@@ -141,31 +91,42 @@ __device__ Choice choose(int per_lane, int count, double before, double target, 
   return choice;
 }
 
-// The class that u S falls on. Called by one whole warp.
+// Sum of e of a chunk, with e measured from the maximum of the row.
+__device__ inline double chunk_mass(const Sums& sums, const Exponent& exponent, float maximum) {
+  return static_cast<double>(exponent.ratio(maximum, sums.m)) *
+         (static_cast<double>(sums.star) + static_cast<double>(sums.s));
+}
+
+// The same of all chunks of a block, in the order that `choose` adds them. Called by one whole warp.
+__device__ inline double block_mass(const Chunks& chunks, const Sums* chunk_sums,
+                                    const Exponent& exponent, float maximum) {
+  double total = 0;
+  for (int i = threadIdx.x % 32; i < chunks.count; i += 32)
+    total += chunk_mass(chunk_sums[i], exponent, maximum);
+  return __shfl_sync(~0u, inclusive_scan(total), 31);
+}
+
+// The class of a block that the target falls on, `before` lying before the block. By one whole warp.
 template <class T>
-__device__ int choose_class(const Row<T>& row, const Chunks& chunks, const Sums* chunk_sums,
-                            float maximum, double u) {
+__device__ int choose_class(const Operand<T>& logits, const Chunks& chunks, const Sums* chunk_sums,
+                            const Exponent& exponent, float maximum, double before,
+                            double target) {
   constexpr int kSize = Packet<T>::kSize;
   const int lane = threadIdx.x % 32;
-  const auto chunk_mass = [&](int i) {
-    const Sums& sums = chunk_sums[i];
-    const float ratio = row.exponent.ratio(maximum, sums.m);
-    return static_cast<double>(ratio) *
-           (static_cast<double>(sums.star) + static_cast<double>(sums.s));
-  };
-  double total = 0;
-  for (int i = lane; i < chunks.count; i += 32) total += chunk_mass(i);
-  total = __shfl_sync(~0u, inclusive_scan(total), 31);
-  if (!(total > 0) || isinf(total)) return kNone;
-  const double target = u * total;
-  const Choice chunk = choose((chunks.count + 31) / 32, chunks.count, 0.0, target, chunk_mass);
+  const Choice chunk =
+      choose((chunks.count + 31) / 32, chunks.count, before, target,
+             [&](int i) { return chunk_mass(chunk_sums[i], exponent, maximum); });
   if (chunk.item == kNone) return kNone;
 
-  double before = chunk.before;
+  before = chunk.before;
   int last = kNone;
   for (int g = chunks.begin(chunk.item); g < chunks.end(chunk.item); g += 32) {
     float e[kSize] = {};
-    if (g + lane < chunks.groups) row.powers(g + lane, e);
+    if (g + lane < chunks.last) {
+      const Packet<T> packet = logits.load(g + lane, -INFINITY);
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) e[j] = exponent.power(packet.get(j));
+    }
     double sum = 0;
 #pragma unroll
     for (int j = 0; j < kSize; ++j) sum += e[j];
@@ -176,7 +137,7 @@ __device__ int choose_class(const Row<T>& row, const Chunks& chunks, const Sums*
     for (int j = 0; j < kSize; ++j) {
       cumulative += e[j];
       if (e[j] > 0.f) {
-        positive = row.logits.first(g + lane) + j;
+        positive = logits.first(g + lane) + j;
         if (found == kNone && cumulative > target) found = positive;
       }
     }
@@ -190,64 +151,96 @@ __device__ int choose_class(const Row<T>& row, const Chunks& chunks, const Sums*
   return last;
 }
 
-template <class T>
-__global__ void __launch_bounds__(1024)
+struct Scratch {
+  TeamScratch<Sums> team;
+  Sums chunk_sums[kMaxChunks];
+  double mass;  // of this block
+  int label;    // chosen by this block
+  int owner;    // which block chooses
+};
+constexpr size_t kBytes = (sizeof(Scratch) + 15) / 16 * 16;
+
+// The label of a row, in every thread. The masses of the blocks decide who chooses.
+template <class T, bool kResident>
+__device__ int draw(const Team<kResident>& team, const Operand<T>& logits, const Exponent& exponent,
+                    const Chunks& chunks, const Sums& row, double u, Scratch* scratch) {
+  if (threadIdx.x < 32) {
+    const double mass = block_mass(chunks, scratch->chunk_sums, exponent, row.m);
+    if (threadIdx.x == 0) scratch->mass = mass;
+  }
+  team.meet();
+  if (threadIdx.x < 32) {
+    const int lane = static_cast<int>(threadIdx.x);
+    const double mass = lane < team.size ? *of_block(&scratch->mass, lane) : 0.0;
+    const double total = __shfl_sync(~0u, inclusive_scan(mass), 31);
+    const bool known = total > 0 && !isinf(total);
+    const double target = u * total;
+    const Choice block = choose(1, team.size, 0.0, target, [&](int) { return mass; });
+    int label = kNone;
+    if (known && block.item == team.rank)
+      label = choose_class(logits, chunks, scratch->chunk_sums, exponent, row.m, block.before,
+                           target);
+    if (lane == 0) scratch->label = label, scratch->owner = known ? block.item : 0;
+  }
+  team.meet();
+  return *of_block(&scratch->label, scratch->owner);
+}
+
+template <class T, bool kResident>
+__global__ void __launch_bounds__(kTeamThreads, kResident ? 3 : 2)
     sample_kernel(const Problem problem, const int64_t* seed, float inverse_temperature,
-                  int64_t* labels, const Rows out, bool cached) {
+                  int64_t* labels, const Rows out) {
   constexpr int kSize = Packet<T>::kSize;
-  __shared__ Sums chunk_sums[kMaxChunks];
-  __shared__ int chosen;
-  const int64_t token = blockIdx.x;
-  T* const logits = problem.row<T>(problem.logits, token);
-  const Span span(logits, problem.classes);
+  auto* const scratch = reinterpret_cast<Scratch*>(dynamic_shared());
+  Team<kResident> team;
+  const int64_t token = team.token();
+  T* const row = problem.row<T>(problem.logits, token);
+  const Span span(row, problem.classes);
+  team.take(span);
   const Operand<T> result(span, problem.row<T>(out, token));
   const float weight = problem.weight(token);
   if (weight == 0.f) {
     const float zeros[kSize] = {};
-    for (int g = threadIdx.x; g < span.groups; g += blockDim.x) result.store(g, zeros);
-    if (threadIdx.x == 0) labels[token] = kIgnoreIndex;
+    for (int g = team.begin + threadIdx.x; g < team.end; g += blockDim.x) result.store(g, zeros);
+    if (threadIdx.x == 0 && team.rank == 0) labels[token] = kIgnoreIndex;
     return;
   }
 
-  const float* given = problem.logsumexp ? problem.logsumexp + token : nullptr;
-  Row<T> row{Operand<T>(span, logits), {dynamic_shared(), span.groups}, cached,
-             Exponent(problem, given)};
-  const Chunks chunks(span.groups);
-  sum_chunks(row, chunks, chunk_sums);
+  Operand<T> logits(span, row);
+  Operand<T>* const operands[1] = {&logits};
+  team.template fetch<T, 1>(operands, reinterpret_cast<unsigned char*>(scratch) + kBytes,
+                            &scratch->team.copies);
+  Exponent exponent(problem, problem.logsumexp ? problem.logsumexp + token : nullptr);
+  const Chunks chunks(team.begin, team.end);
+  sum_chunks(logits, exponent, chunks, scratch->chunk_sums);
   __syncthreads();
   Sums sums = Sums::empty();
   for (int i = threadIdx.x; i < chunks.count; i += blockDim.x)
-    sums.merge(chunk_sums[i], row.exponent);
-  sums = block_merge(sums, row.exponent);
-  if (!row.exponent.given) row.exponent.reference = sums.m;
+    sums.merge(scratch->chunk_sums[i], exponent);
+  sums = team.merge(sums, exponent, &scratch->team);
+  if (!exponent.given) exponent.reference = sums.m;
 
-  if (threadIdx.x < 32) {
-    int label = kNone;
-    if (!isnan(sums.total(row.exponent) + sums.s))  // the same for the whole warp
-      label = choose_class(row, chunks, chunk_sums, sums.m, philox_uniform(*seed, token));
-    if (threadIdx.x == 0) {
-      chosen = label;
-      labels[token] = label == kNone ? kIgnoreIndex : label;
-    }
-  }
-  __syncthreads();
+  int label = kNone;
+  if (!isnan(sums.total(exponent) + sums.s))  // the same for the whole team
+    label = draw(team, logits, exponent, chunks, sums, philox_uniform(*seed, token), scratch);
+  team.done_reading();
+  if (threadIdx.x == 0 && team.rank == 0) labels[token] = label == kNone ? kIgnoreIndex : label;
 
-  const int label = chosen;
   Probability probability;
-  probability.set(sums, row.exponent);
+  probability.set(sums, exponent);
   const float factor = weight * inverse_temperature;
-  for (int i = threadIdx.x; i < span.groups; i += blockDim.x) {
-    const int g = span.groups - 1 - i;  // the end of the row is still in L2
+  for (int g = team.end - 1 - static_cast<int>(threadIdx.x); g >= team.begin; g -= blockDim.x) {
+    const Packet<T> packet = logits.load(g, -INFINITY);
     float value[kSize];
-    row.powers(g, value);
 #pragma unroll
     for (int j = 0; j < kSize; ++j) {
-      const float e = value[j];
-      const bool labelled = row.logits.first(g) + j == label;
+      const float e = exponent.power(packet.get(j));
+      const bool labelled = logits.first(g) + j == label;
       value[j] = factor * (labelled ? -probability.one_minus_p(e) : probability.p(e));
     }
     result.store(g, value);
   }
+  team.leave();
 }
 
 }  // namespace
@@ -256,10 +249,15 @@ int softmax_fisher_sample(const SoftmaxFisher& problem, const int64_t* seed, int
                           Rows out, void*, void* stream) {
   return dispatch(problem, [&](auto type) {
     using T = decltype(type);
-    const size_t bytes = row_cache_bytes<T>(problem.classes);
-    return launch(sample_kernel<T>, dim3(token_count(problem)), row_threads(problem.classes), bytes,
-                  stream, Problem(problem), seed,
-                  static_cast<float>(1.0 / problem.temperature), labels, out, bytes > 0);
+    const auto slices = Slices::of<T>(problem, 1, kBytes);
+    const auto inverse = static_cast<float>(1.0 / problem.temperature);
+    const unsigned tokens = token_count(problem);
+    if (slices.cluster > 0)
+      return launch_cluster(sample_kernel<T, true>, dim3(tokens * slices.cluster), slices.cluster,
+                            slices.threads, slices.bytes, stream, Problem(problem), seed, inverse,
+                            labels, out);
+    return launch(sample_kernel<T, false>, dim3(tokens), kTeamThreads, kBytes,
+                  stream, Problem(problem), seed, inverse, labels, out);
   });
 }
 

@@ -59,7 +59,7 @@ __device__ void write_zeros(int64_t token, float* out) {
 
 // Grid (T, splits). With one split a block finishes its row, otherwise it leaves its sums.
 template <class T, int kOrder>
-__global__ void __launch_bounds__(1024)
+__global__ void __launch_bounds__(kTeamThreads, 4)
     stats_kernel(const Problem problem, float* out, PeakSums<kOrder>* partials) {
   const int64_t token = blockIdx.x;
   if (problem.weight(token) == 0.f) {
@@ -118,7 +118,7 @@ int launch_stats(const SoftmaxFisher& p, float* out, void* memory, void* stream)
     auto* partials = splits == 1 ? nullptr : static_cast<PeakSums<kOrder>*>(memory);
     const unsigned tokens = token_count(p);
     const int error = launch(stats_kernel<T, kOrder>, dim3(tokens, splits),
-                             row_threads(p.classes / splits), 0, stream, Problem(p), out, partials);
+                             kLoneThreads, 0, stream, Problem(p), out, partials);
     if (error || splits == 1) return error;
     return launch(finish_stats_kernel<kOrder>, dim3((tokens + 63) / 64), 64, 0, stream, Problem(p),
                   static_cast<int64_t>(tokens), splits, partials, out);
@@ -133,7 +133,7 @@ struct Gradients {
 };
 
 template <class T>
-__global__ void __launch_bounds__(1024)
+__global__ void __launch_bounds__(kTeamThreads, 4)
     stats_backward_kernel(const Problem problem, const float* stats, const float* grad,
                           const Rows out) {
   constexpr int kSize = Packet<T>::kSize;
@@ -212,7 +212,7 @@ int softmax_fisher_stats_backward(const SoftmaxFisher& problem, const float* sta
   return dispatch(problem, [&](auto type) {
     using T = decltype(type);
     return launch(stats_backward_kernel<T>, dim3(token_count(problem)),
-                  row_threads(problem.classes), 0, stream, Problem(problem), stats, grad, out);
+                  kLoneThreads, 0, stream, Problem(problem), stats, grad, out);
   });
 }
 

@@ -1,10 +1,12 @@
 // Sums over tokens, [V]: sum w p and sum w p (1 - p) / tau^2. Deterministic, no atomics.
 //
+// On sm_90 sum w p takes one read of the logits (resident_sums.cuh). Otherwise two:
 // 1. one block per row: what turns its logits into probabilities, into the workspace;
-// 2. grid (blocks of classes, splits of tokens): partial sums [splits, V];
-// 3. the partial sums of a class, in their order.
+// 2. grid (blocks of classes, splits of tokens): partial sums [splits, V].
+// Last the partial sums of a class, in their order.
 #include <algorithm>
 
+#include "resident_sums.cuh"
 #include "row_kernel.cuh"
 #include "softmax_fisher.h"
 
@@ -40,12 +42,14 @@ int64_t workspace(const SoftmaxFisher& p) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(1024)
-    row_constants_kernel(const Problem problem, RowConstants* constants) {
+__global__ void __launch_bounds__(kTeamThreads)
+    row_constants_kernel(const Problem problem, RowConstants* constants, float* reference,
+                         float* unit) {
   const int64_t token = blockIdx.x;
   Exponent exponent(problem, problem.logsumexp ? problem.logsumexp + token : nullptr);
   Probability probability{};
   const float weight = problem.weight(token);
+  float top = 0.f;
   if (weight != 0.f) {
     auto sums = PeakSums<1>::empty();
     const Span span(problem.row<T>(problem.logits, token), problem.classes);
@@ -59,10 +63,16 @@ __global__ void __launch_bounds__(1024)
           sums.update(exponent, z, NoInputs{}, 0);
         });
     sums = block_merge(sums, exponent);
-    if (!exponent.given) exponent.reference = sums.m;
+    top = sums.m;
+    if (!exponent.given) exponent.reference = top;
     probability.set(sums, exponent);
   }
-  if (threadIdx.x == 0) constants[token] = {exponent, probability, weight};
+  if (threadIdx.x != 0) return;
+  constants[token] = {exponent, probability, weight};
+  if (reference) {
+    reference[token] = weight == 0.f ? 0.f : top;
+    unit[token] = weight == 0.f ? 0.f : probability.p(exponent.power(top));
+  }
 }
 
 // The kSize classes of one thread. `vectors`: rows start on 16 bytes, V is whole packets and the
@@ -157,17 +167,40 @@ bool whole_packets(const SoftmaxFisher& p) {
          p.logits.batch_stride % kSize == 0 && p.logits.token_stride % kSize == 0;
 }
 
+int add_partials(const float* partials, const SoftmaxFisher& p, int splits, double factor,
+                 float* out, void* stream) {
+  return launch(reduce_kernel, dim3(static_cast<unsigned>((p.classes + 127) / 128)), 128, 0, stream,
+                partials, p.classes, splits, factor, out);
+}
+
+template <class T>
+int launch_resident(const SoftmaxFisher& p, const SumSlices& slices, float* out, float* reference,
+                    float* unit, void* memory, void* stream) {
+  auto* const partials = static_cast<float*>(memory);
+  const int error = launch_cluster(
+      resident_sums_kernel<T>, dim3(slices.clusters * slices.cluster), slices.cluster,
+      slices.threads, slices.bytes, stream, Problem(p), p.batches * p.tokens,
+      static_cast<int>(slices.classes), partials, reference, unit);
+  return error ? error : add_partials(partials, p, slices.clusters, 1.0, out, stream);
+}
+
 template <bool kDiagonal>
-int launch_sums(const SoftmaxFisher& p, float* out, void* memory, void* stream) {
+int launch_sums(const SoftmaxFisher& p, float* out, float* reference, float* unit, void* memory,
+                void* stream) {
   return dispatch(p, [&](auto type) {
     using T = decltype(type);
+    if constexpr (!kDiagonal) {
+      const auto slices = SumSlices::of<T>(p);
+      if (slices.cluster > 0)
+        return launch_resident<T>(p, slices, out, reference, unit, memory, stream);
+    }
     const Problem problem(p);
     const unsigned tokens = token_count(p);
     auto* constants = static_cast<RowConstants*>(memory);
     auto* partials =
         reinterpret_cast<float*>(static_cast<unsigned char*>(memory) + constants_bytes(p));
-    int error = launch(row_constants_kernel<T>, dim3(tokens), row_threads(p.classes), 0, stream,
-                       problem, constants);
+    int error = launch(row_constants_kernel<T>, dim3(tokens), kLoneThreads, 0, stream,
+                       problem, constants, reference, unit);
     if (error) return error;
 
     const auto splits = static_cast<unsigned>(split_count(p));
@@ -178,11 +211,9 @@ int launch_sums(const SoftmaxFisher& p, float* out, void* memory, void* stream) 
         static_cast<unsigned>((p.classes + threads * per_thread - 1) / (threads * per_thread));
     error = launch(columns_kernel<T, kDiagonal>, dim3(blocks, splits), threads, 0, stream, problem,
                    static_cast<int64_t>(tokens), constants, whole_packets<T>(p), partials);
-    if (error) return error;
-
     const double factor = kDiagonal ? 1.0 / (p.temperature * p.temperature) : 1.0;
-    return launch(reduce_kernel, dim3(static_cast<unsigned>((p.classes + 127) / 128)), 128, 0,
-                  stream, partials, p.classes, static_cast<int>(splits), factor, out);
+    return error ? error
+                 : add_partials(partials, p, static_cast<int>(splits), factor, out, stream);
   });
 }
 
@@ -194,16 +225,18 @@ int64_t softmax_fisher_diagonal_sum_workspace(const SoftmaxFisher& problem) {
 
 int softmax_fisher_diagonal_sum(const SoftmaxFisher& problem, float* out, void* memory,
                                 void* stream) {
-  return launch_sums<true>(problem, out, memory, stream);
+  return launch_sums<true>(problem, out, nullptr, nullptr, memory, stream);
 }
 
-int64_t softmax_fisher_mean_probs_workspace(const SoftmaxFisher& problem) {
-  return workspace(problem);
+int64_t softmax_fisher_powers_workspace(const SoftmaxFisher& problem) {
+  const auto clusters = std::min<int64_t>(kSumBlocks, problem.batches * problem.tokens);
+  return std::max(workspace(problem),
+                  clusters * problem.classes * static_cast<int64_t>(sizeof(float)));
 }
 
-int softmax_fisher_mean_probs(const SoftmaxFisher& problem, float* out, void* memory,
-                              void* stream) {
-  return launch_sums<false>(problem, out, memory, stream);
+int softmax_fisher_powers(const SoftmaxFisher& problem, float* out, float* reference, float* unit,
+                          void* memory, void* stream) {
+  return launch_sums<false>(problem, out, reference, unit, memory, stream);
 }
 
 }  // namespace fisherkern::cuda

@@ -8,7 +8,8 @@ using namespace fisherkern;
 extern "C" {
 
 void emulation_seed(uint32_t seed) { emulation::machine().random.seed(seed); }
-void emulation_shared_limit(uint64_t bytes) { emulation::machine().shared_limit = bytes; }
+// How large the slices of a row are that a block of a cluster keeps; 0: no clusters, as before sm_90.
+void emulation_slice_bytes(uint64_t bytes) { emulation::machine().slice_bytes = bytes; }
 const char* emulation_error() {
   return emulation::machine().error ? emulation::machine().error : "";
 }
@@ -29,9 +30,17 @@ ROWS_OP(softmax_fisher_sqrt_rmatvec)
     return cuda::name(*p, out, workspace, nullptr);                          \
   }
 FLOAT_OP(softmax_fisher_diagonal_sum)
-FLOAT_OP(softmax_fisher_mean_probs)
 FLOAT_OP(softmax_fisher_trace)
 FLOAT_OP(softmax_fisher_stats)
+
+int64_t softmax_fisher_powers_workspace(const SoftmaxFisher* p) {
+  return cuda::softmax_fisher_powers_workspace(*p);
+}
+
+int softmax_fisher_powers(const SoftmaxFisher* p, float* out, float* reference, float* unit,
+                          void* workspace) {
+  return cuda::softmax_fisher_powers(*p, out, reference, unit, workspace, nullptr);
+}
 
 int softmax_fisher_matvec_backward(const SoftmaxFisher* p, Rows v, Rows grad, Rows out,
                                    void* workspace) {

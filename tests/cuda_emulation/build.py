@@ -28,6 +28,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 SOURCES = ROOT / "csrc" / "cuda"
 CACHE = ROOT / "build" / "cuda_emulation"
+# What emulation.h begins with: rows of a few hundred classes are cut into slices.
+SLICE_BYTES = 1024
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
@@ -209,9 +211,9 @@ class Emulated:
         """Choose the schedule of warps and blocks."""
         self._library.emulation_seed(ctypes.c_uint32(value))
 
-    def shared_limit(self, size: int) -> None:
-        """Set the shared memory a block may ask for; 227 KiB to begin with."""
-        self._library.emulation_shared_limit(ctypes.c_uint64(size))
+    def slice_bytes(self, size: int) -> None:
+        """How much of a row a block of a cluster keeps; 0: as on devices without clusters."""
+        self._library.emulation_slice_bytes(ctypes.c_uint64(size))
 
     def _run(self, name: str, logits: Tensor, temperature: float, *operands: object, **per_token):
         problem = _Problem(
@@ -285,8 +287,14 @@ class Emulated:
         self._run("softmax_fisher_diagonal_sum", logits, temperature, _pointer(out), **per_token)
 
     def softmax_fisher_mean_probs(self, logits, weights, logsumexp, temperature, out) -> None:
+        self.softmax_fisher_powers(logits, weights, logsumexp, temperature, out, None, None)
+
+    def softmax_fisher_powers(
+        self, logits, weights, logsumexp, temperature, sums, reference, unit
+    ) -> None:
+        operands = (_pointer(sums), _pointer(reference), _pointer(unit))
         per_token = {"weights": weights, "logsumexp": logsumexp}
-        self._run("softmax_fisher_mean_probs", logits, temperature, _pointer(out), **per_token)
+        self._run("softmax_fisher_powers", logits, temperature, *operands, **per_token)
 
     def softmax_fisher_trace(self, logits, mask, logsumexp, temperature, out) -> None:
         per_token = {"mask": mask, "logsumexp": logsumexp}
