@@ -65,6 +65,16 @@ struct Exponent {
   // has one is discarded in the end, and -inf - (-inf) would spoil those that meet -inf first.
   __device__ float base(float m) const { return given ? reference : isinf(m) ? 0.f : m; }
 
+  // Whether a logit is so far above `base` that powers from there might overflow: the third power of
+  // 2^kLag must not, summed over all classes.
+  static constexpr float kLag = 24.f;
+  __device__ bool far(float z, float base) const { return !given && (z - base) * scale > kLag; }
+
+  // The power of the largest logit, 0 where there is none.
+  __device__ float at_star(float z) const {
+    return z == -INFINITY ? 0.f : given ? power(z) : 1.f;
+  }
+
   // Equal infinities are at distance zero, not NaN.
   __device__ float distance(float a, float b) const { return a == b ? 0.f : (a - b) * scale; }
 

@@ -105,17 +105,16 @@ __global__ void __launch_bounds__(kTeamThreads, 3)
   auto* const scratch = reinterpret_cast<TeamScratch<State>*>(dynamic_shared());
   if constexpr (kResident) reader.keep(team, scratch);
   Exponent exponent(problem, problem.logsumexp ? problem.logsumexp + token : nullptr);
-  State state = State::empty();
+  auto reading = State::Reading::empty();
   pipelined<2, Group>(
       team.groups(), false, [&](int g, Group& held) { reader.load(team.begin + g, held); },
       [&](int g, const Group& held) {
         float z[kSize];
         held.logits.get(z);
         const auto get = [&](int j, auto& x) { held.get(j, x); };
-        state.update(exponent, z, get, reader.logits.first(team.begin + g));
+        reading.update(exponent, z, get, reader.logits.first(team.begin + g));
       });
-  state.settle();
-  state = team.merge(state, exponent, scratch);
+  const State state = team.merge(State(reading.settled(exponent)), exponent, scratch);
   team.done_reading();
   if (!exponent.given) exponent.reference = state.m;
   op.finish(state, exponent, weight);

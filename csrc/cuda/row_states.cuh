@@ -4,10 +4,15 @@
 // with z = m: it is kept out of the primed sums, because 1 - p of a peaked row must come from the
 // other classes and not from a subtraction. Of equal maxima one is the star, the others count 1.
 //
-// `update` takes a packet of classes at once: a new maximum, rare after the first packets, costs a
-// branch per packet and not per class. get(j, x) reads the other inputs of class j.
+// What a thread sums while it reads is a State::Reading, `settled` before any merge. The lanes of a
+// warp meet new maxima at different times, and a branch for them would be taken by nearly every
+// packet: so the smaller of the star and a class is what joins the sums, without a branch, and the
+// base of the powers moves only when the maximum has left it far behind.
+//
+// `update` takes a packet of classes at once. get(j, x) reads the other inputs of class j.
 #pragma once
 #include <climits>
+#include <type_traits>
 
 #include "exponent.cuh"
 
@@ -26,6 +31,17 @@ __device__ inline float largest(const float (&z)[kSize]) {
 #pragma unroll
   for (int j = 1; j < kSize; ++j) top = fmaxf(top, z[j]);
   return top;
+}
+
+// NaN where either is.
+__device__ inline float least(float a, float b) {
+#ifdef FISHERKERN_HOST_EMULATION
+  return isnan(a) || isnan(b) ? NAN : fminf(a, b);
+#else
+  float c;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
+  return c;
+#endif
 }
 
 template <int kSize>
@@ -60,7 +76,11 @@ struct PeakTerms<4> : PeakTerms<3> {
 };
 
 template <int kOrder>
+struct PeakReading;
+
+template <int kOrder>
 struct PeakSums : PeakTerms<kOrder> {
+  using Reading = PeakReading<kOrder>;
   using PeakTerms<kOrder>::m;
   using PeakTerms<kOrder>::star;
   using PeakTerms<kOrder>::s;
@@ -69,43 +89,6 @@ struct PeakSums : PeakTerms<kOrder> {
     PeakSums state{};
     state.m = -INFINITY;
     return state;
-  }
-
-  __device__ void settle() {}
-
-  template <int kSize, class Get>
-  __device__ void update(const Exponent& exponent, const float (&z)[kSize], Get, int) {
-    const float top = largest(z);
-    if (top > m) {
-      const float depth = fminf(exponent.distance(top, m), Exponent::kMaxDepth);
-      demote(exponent.ratio(top, m), exponent.given ? 0.f : depth);
-      const float t = exponent.given ? exponent.log2(top) : 0.f;
-      m = top;
-      star = exponent.given ? exponent.power(top) : 1.f;
-      if constexpr (kOrder >= 3) this->h = fmaf(star, fminf(-t, Exponent::kMaxDepth), this->h);
-      if constexpr (kOrder >= 4) this->ties = 0.f;
-      add(exponent, z, first_equal(z, top));
-    } else {
-      add(exponent, z, -1);
-    }
-  }
-
-  // All but one of a packet; with a constant -1, which is the rule, nothing is compared.
-  template <int kSize>
-  __device__ void add(const Exponent& exponent, const float (&z)[kSize], int skip) {
-    const float base = exponent.base(m);
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) {
-      const float t = exponent.log2(z[j], base);
-      const float e = j == skip ? 0.f : exponent.term(t);
-      s += e;
-      if constexpr (kOrder >= 2) this->q2 = fmaf(e, e, this->q2);
-      if constexpr (kOrder >= 3) {
-        this->q3 = fmaf(e * e, e, this->q3);
-        this->h = fmaf(e, fminf(-t, Exponent::kMaxDepth), this->h);
-      }
-      if constexpr (kOrder >= 4) this->ties += z[j] == m ? 1.f : 0.f;
-    }
   }
 
   __device__ void merge(PeakSums other, const Exponent& exponent) {
@@ -136,13 +119,72 @@ struct PeakSums : PeakTerms<kOrder> {
   }
 };
 
+// The same while a thread reads: the primed sums relative to `base`, at most 2^kLag below the star.
+template <int kOrder>
+struct PeakReading {
+  float base, star;  // logits
+  PeakTerms<kOrder> sums;
+
+  __device__ static PeakReading empty() {
+    PeakReading reading{};
+    reading.base = reading.star = -INFINITY;
+    return reading;
+  }
+
+  template <int kSize, class Get>
+  __device__ void update(const Exponent& exponent, const float (&z)[kSize], Get, int) {
+    const float top = largest(z);
+    if (exponent.far(top, base)) move(exponent, top);
+    const float from = exponent.base(base);
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) {
+      if constexpr (kOrder >= 4) sums.ties = z[j] > star ? 1.f : sums.ties + (z[j] == star);
+      const float t = exponent.log2(least(star, z[j]), from), e = exponent.term(t);
+      star = fmaxf(star, z[j]);
+      sums.s += e;
+      if constexpr (kOrder >= 2) sums.q2 = fmaf(e, e, sums.q2);
+      if constexpr (kOrder >= 3) {
+        sums.q3 = fmaf(e * e, e, sums.q3);
+        sums.h = fmaf(e, fminf(-t, Exponent::kMaxDepth), sums.h);
+      }
+    }
+  }
+
+  __device__ void move(const Exponent& exponent, float to) {
+    const float ratio = exponent.ratio(to, base);
+    if constexpr (kOrder >= 2) sums.q2 *= ratio * ratio;
+    if constexpr (kOrder >= 3) {
+      sums.q3 *= ratio * ratio * ratio;
+      const float depth = fminf(exponent.distance(to, base), Exponent::kMaxDepth);
+      sums.h = ratio * fmaf(depth, sums.s, sums.h);
+    }
+    sums.s *= ratio;
+    base = to;
+  }
+
+  __device__ PeakSums<kOrder> settled(const Exponent& exponent) {
+    if (!exponent.given) move(exponent, star);
+    PeakSums<kOrder> result;
+    static_cast<PeakTerms<kOrder>&>(result) = sums;
+    result.m = star;
+    result.star = exponent.at_star(star);
+    if constexpr (kOrder >= 3)
+      if (exponent.given && star != -INFINITY)
+        result.h += result.star * fminf(-exponent.log2(star), Exponent::kMaxDepth);
+    return result;
+  }
+};
+
 // s = sum e, a_k = sum e (x_k - centre_k) and c_ij = sum e (x_i - mean_i)(x_j - mean_j), i of the
 // first kLeft inputs, j of the kRight after them (the same ones if kSymmetric). The centre is x at
 // the star: on a peaked row the mean is close to it, and only their difference counts.
-// While a thread reads, c is about the centre; `settle` moves it to the mean before any merge, so
+// While a thread reads, c is about the centre; `settled` moves it to the mean before any merge, so
 // that the rounding of that subtraction averages out over the threads.
+struct MeanReading;
+
 template <int kLeft, int kRight = 0, bool kSymmetric = false>
 struct Moments {
+  using Reading = std::conditional_t<kRight == 0, MeanReading, Moments>;
   static constexpr int kInputs = kSymmetric ? kLeft : kLeft + kRight;
   static constexpr bool kCross = kRight > 0;
   static constexpr int kRows = kCross ? kLeft : 1, kColumns = kCross ? kRight : 1;
@@ -222,7 +264,7 @@ struct Moments {
     s *= ratio;
   }
 
-  __device__ void settle() {
+  __device__ const Moments& settled(const Exponent&) {
     if constexpr (kCross) {
       const float inverse = s > 0.f ? 1.f / s : 0.f;
 #pragma unroll
@@ -231,6 +273,7 @@ struct Moments {
         for (int j = 0; j < kColumns; ++j)
           c[i][j] = fmaf(-a[i] * inverse, a[right(j)], c[i][j]);
     }
+    return *this;
   }
 
   // Chan, Golub and LeVeque, 1983.
@@ -268,14 +311,55 @@ struct Moments {
   }
 };
 
+// One input and its mean, while a thread reads: s and a without the star, about a fixed centre.
+struct MeanReading {
+  float base, star, at_star, centre, s, a;
+
+  __device__ static MeanReading empty() { return {-INFINITY, -INFINITY, 0.f, 0.f, 0.f, 0.f}; }
+
+  template <int kSize, class Get>
+  __device__ void update(const Exponent& exponent, const float (&z)[kSize], Get get, int) {
+    float x[1];
+    if (star == -INFINITY) get(0, x), centre = x[0];
+    const float top = largest(z);
+    if (exponent.far(top, base)) {
+      const float ratio = exponent.ratio(top, base);
+      s *= ratio, a *= ratio;
+      base = top;
+    }
+    const float from = exponent.base(base);
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) {
+      get(j, x);
+      const float e = exponent.term(exponent.log2(least(star, z[j]), from));
+      const float joins = z[j] > star ? at_star : x[0];
+      at_star = z[j] > star ? x[0] : at_star;
+      star = fmaxf(star, z[j]);
+      s += e;
+      a = fmaf(e, joins - centre, a);
+    }
+  }
+
+  __device__ Moments<1> settled(const Exponent& exponent) const {
+    const float ratio = exponent.given ? 1.f : exponent.ratio(star, base);
+    auto result = Moments<1>::empty();
+    result.m = star;
+    result.centre[0] = at_star;
+    result.a[0] = ratio * fmaf(centre - at_star, s, a);
+    result.s = fmaf(ratio, s, exponent.at_star(star));
+    return result;
+  }
+};
+
 // For <sqrt p, v>: s' as above, b' = sum' sqrt(e) v, and v at the star.
 struct RootSums {
+  using Reading = RootSums;
   float m, star, s, b, v;
   int index;
 
   __device__ static RootSums empty() { return {-INFINITY, 0.f, 0.f, 0.f, 0.f, INT_MAX}; }
 
-  __device__ void settle() {}
+  __device__ const RootSums& settled(const Exponent&) const { return *this; }
 
   template <int kSize, class Get>
   __device__ void update(const Exponent& exponent, const float (&z)[kSize], Get get, int first) {

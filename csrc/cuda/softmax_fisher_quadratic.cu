@@ -53,8 +53,7 @@ __global__ void __launch_bounds__(kThreads, kSide == 1 ? 4 : 1)
           held.logits.get(z);
           state.update(exponent, z, [&](int j, auto& x) { held.get(j, x); }, 0);
         });
-    state.settle();
-    state = block_merge(state, exponent);
+    state = block_merge(state.settled(exponent), exponent);
     const auto inverse_temperature = static_cast<float>(1.0 / problem.temperature);
     factor = weight / state.total(exponent) * inverse_temperature * inverse_temperature;
   }

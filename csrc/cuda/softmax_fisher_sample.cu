@@ -36,13 +36,13 @@ __device__ void sum_chunks(const Operand<T>& logits, const Exponent& exponent, c
                            Sums* chunk_sums) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   for (int chunk = warp; chunk < chunks.count; chunk += warps) {
-    Sums sums = Sums::empty();
+    auto reading = Sums::Reading::empty();
     for (int g = chunks.begin(chunk) + lane; g < chunks.end(chunk); g += 32) {
       float z[Packet<T>::kSize];
       logits.load(g, -INFINITY).get(z);
-      sums.update(exponent, z, NoInputs{}, 0);
+      reading.update(exponent, z, NoInputs{}, 0);
     }
-    sums = warp_merge(sums, exponent);
+    const Sums sums = warp_merge(reading.settled(exponent), exponent);
     if (lane == 0) chunk_sums[chunk] = sums;
   }
 }

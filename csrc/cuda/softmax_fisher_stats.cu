@@ -71,16 +71,16 @@ __global__ void __launch_bounds__(kTeamThreads, 4)
   const Exponent exponent(problem, problem.logsumexp ? problem.logsumexp + token : nullptr);
   const int share = (span.groups + gridDim.y - 1) / gridDim.y;
   const int begin = min(static_cast<int>(blockIdx.y) * share, span.groups);
-  auto sums = PeakSums<kOrder>::empty();
+  auto reading = PeakReading<kOrder>::empty();
   pipelined<4, Packet<T>>(
       min(share, span.groups - begin), false,
       [&](int g, Packet<T>& packet) { packet = reader.logits.load(begin + g, -INFINITY); },
       [&](int, const Packet<T>& packet) {
         float z[Packet<T>::kSize];
         packet.get(z);
-        sums.update(exponent, z, NoInputs{}, 0);
+        reading.update(exponent, z, NoInputs{}, 0);
       });
-  sums = block_merge(sums, exponent);
+  const auto sums = block_merge(reading.settled(exponent), exponent);
   if (threadIdx.x != 0) return;
   if (partials) partials[token * gridDim.y + blockIdx.y] = sums;
   else write_stats(problem, sums, exponent, token, out);
@@ -151,13 +151,13 @@ __global__ void __launch_bounds__(kTeamThreads, 4)
     packet = reader.logits.load(group, -INFINITY);
   };
 
-  auto sums = PeakSums<4>::empty();
+  auto reading = PeakReading<4>::empty();
   pipelined<4, Packet<T>>(span.groups, false, load, [&](int, const Packet<T>& packet) {
     float z[kSize];
     packet.get(z);
-    sums.update(exponent, z, NoInputs{}, 0);
+    reading.update(exponent, z, NoInputs{}, 0);
   });
-  sums = block_merge(sums, exponent);
+  const auto sums = block_merge(reading.settled(exponent), exponent);
 
   const auto inverse_temperature = static_cast<float>(1.0 / problem.temperature);
   const float squared = inverse_temperature * inverse_temperature;

@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kTeamThreads)
   const float weight = problem.weight(token);
   float top = 0.f;
   if (weight != 0.f) {
-    auto sums = PeakSums<1>::empty();
+    auto reading = PeakReading<1>::empty();
     const Span span(problem.row<T>(problem.logits, token), problem.classes);
     const RowReader<T, 0> reader(problem, span, {}, token);
     pipelined<4, Packet<T>>(
@@ -60,9 +60,9 @@ __global__ void __launch_bounds__(kTeamThreads)
         [&](int, const Packet<T>& packet) {
           float z[Packet<T>::kSize];
           packet.get(z);
-          sums.update(exponent, z, NoInputs{}, 0);
+          reading.update(exponent, z, NoInputs{}, 0);
         });
-    sums = block_merge(sums, exponent);
+    const auto sums = block_merge(reading.settled(exponent), exponent);
     top = sums.m;
     if (!exponent.given) exponent.reference = top;
     probability.set(sums, exponent);
