@@ -29,7 +29,9 @@ void check_per_token(const Tensor& values, const Tensor& x, ScalarType dtype, co
 
 void pack(const Tensor& x, const Optional& mask, const Optional& weights, bool bias, bool squares,
           std::vector<int64_t> parts, int64_t first_token, Tensor panel) {
-  STD_TORCH_CHECK(x.dim() == 4 && x.numel() > 0 && (x.stride(3) == 1 || x.size(3) == 1),
+  // strides of no columns, or of one, say nothing
+  STD_TORCH_CHECK(x.dim() == 4 && x.size(0) * x.size(1) * x.size(2) > 0 &&
+                      (x.size(3) <= 1 || x.stride(3) == 1) && (x.size(3) > 0 || bias),
                   "x must be [heads, batches, tokens, columns] with a column stride of 1");
   STD_TORCH_CHECK(!(mask && weights), "mask and weights exclude each other");
   Activations a{};

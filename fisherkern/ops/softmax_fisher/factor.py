@@ -92,7 +92,8 @@ def _projections(reference: Tensor, y: Tensor, ones: bool, gram: bool) -> tuple[
     tokens = reference.numel()
     # above the diagonal it stays zero
     products = y.new_zeros(tokens, tokens) if gram else y.new_zeros(0, 0)
-    return y.new_empty(tokens, y.shape[1] + ones), products
+    # torch 2.11 cannot add a bool to a symbolic size
+    return y.new_empty(tokens, y.shape[1] + int(ones)), products
 
 
 def expand_into(
