@@ -9,13 +9,12 @@
 
 namespace fisherkern::cuda {
 
-constexpr int kPerThread = 32;
-constexpr int kSumThreads = 512;
+constexpr int kPerThread = 16;
+constexpr int kSumThreads = 1024;
 constexpr int kMaxSumCluster = 16;
-constexpr int kStages = 3;  // rows in shared memory: one in use, the others on their way
+constexpr int kMostStages = 3;  // rows in shared memory: one in use, the others on their way
 constexpr int kRowsPerChain = 32;  // added to one float before it moves on: shorter chains round less
-// Two blocks for each of 128 multiprocessors: clusters do not cross the borders of groups of 16 or 18.
-constexpr int kSumBlocks = 256;
+constexpr int kMostSumBlocks = 512;  // bounds the partial sums
 
 // What one warp knows of a row: its largest logit and sum e relative to that.
 struct RowPart {
@@ -32,13 +31,13 @@ struct RowPart {
 };
 
 struct SumScratch {
-  CopyBarrier copies[kStages];
+  CopyBarrier copies[kMostStages];
   RowPart parts[2][kSumThreads / 32];  // of this row, while others still read those of the last
 };
 
 // How a launch is shared out. cluster = 0: not possible.
 struct SumSlices {
-  int cluster = 0, clusters = 0, threads = 0;
+  int cluster = 0, threads = 0, stages = kMostStages;
   int64_t classes = 0;  // of a block
   size_t bytes = 0;
 
@@ -46,17 +45,38 @@ struct SumSlices {
   static SumSlices of(const SoftmaxFisher& p) {
     SumSlices s;
     if (!has_clusters()) return s;
-    int cluster = 1;
-    while (cluster < kMaxSumCluster && p.classes > cluster * sum_classes()) cluster *= 2;
+    const int cluster = cluster_of(p.classes);
     s.classes = (p.classes + cluster - 1) / cluster;
     s.threads = static_cast<int>((s.classes + 32 * kPerThread - 1) / (32 * kPerThread) * 32);
-    s.bytes = scratch_bytes() + s.threads * kPerThread * sizeof(float) +
-              kStages * slot(s.threads * kPerThread * sizeof(T));
+    const size_t places = s.threads * kPerThread;
+    const auto bytes = [&] {
+      return scratch_bytes() + places * sizeof(float) + s.stages * slot(places * sizeof(T));
+    };
+    if (bytes() > shared_memory_limit()) s.stages = 2;
+    s.bytes = bytes();
     if (s.threads > kSumThreads || s.bytes > shared_memory_limit()) return s;
-    const int64_t tokens = p.batches * p.tokens;
-    s.clusters = static_cast<int>(std::min<int64_t>(tokens, kSumBlocks / cluster));
     s.cluster = cluster;
     return s;
+  }
+
+  static int cluster_of(int64_t classes) {
+    int cluster = 1;
+    while (cluster < kMaxCluster && classes > cluster * sum_classes()) cluster *= 2;
+    while (cluster < kMaxSumCluster && classes > cluster * most_sum_classes()) cluster *= 2;
+    return cluster;
+  }
+
+  // An upper bound of `clusters`.
+  static int64_t most_clusters(const SoftmaxFisher& p) {
+    const int64_t blocks = std::max(1, kMostSumBlocks / cluster_of(p.classes));
+    return std::min(blocks, p.batches * p.tokens);
+  }
+
+  // No more than the device holds at one time: each goes through its rows alone.
+  template <class Kernel>
+  int clusters(Kernel kernel, const SoftmaxFisher& p) const {
+    const int64_t resident = resident_clusters(kernel, cluster, threads, bytes);
+    return static_cast<int>(std::min(resident, most_clusters(p)));
   }
 
   __host__ __device__ static size_t scratch_bytes() { return (sizeof(SumScratch) + 15) / 16 * 16; }
@@ -87,8 +107,9 @@ struct TokenWalk {
 // Where there is a `reference`, p = unit exp((z - reference) / tau) of every token is left too.
 template <class T>
 __global__ void __launch_bounds__(kSumThreads, 1)
-    resident_sums_kernel(const Problem problem, int64_t tokens, int share, float* partials,
-                         float* reference, float* unit) {
+    resident_sums_kernel(const Problem problem, int64_t tokens, int share, int stages,
+                         float* partials, float* reference, float* unit) {
+  if constexpr (!kClusters) return;
   const int rank = cluster_rank(), size = cluster_size(), index = blockIdx.x / size;
   const int first = min(rank * share, problem.classes);
   const int count = min(share, problem.classes - first);
@@ -122,10 +143,10 @@ __global__ void __launch_bounds__(kSumThreads, 1)
     ahead = walk.after(ahead);
   };
   if (threadIdx.x == 0)
-    for (int stage = 0; stage < kStages; ++stage) copy_barrier_init(&scratch->copies[stage]);
+    for (int stage = 0; stage < stages; ++stage) copy_barrier_init(&scratch->copies[stage]);
   __syncthreads();
   if (threadIdx.x == 0 && count > 0)
-    for (int stage = 0; stage < kStages; ++stage) prefetch(stage);
+    for (int stage = 0; stage < stages; ++stage) prefetch(stage);
 
   if (reference && rank == 0)
     for (int64_t t = index + threadIdx.x * walk.step; t < tokens; t += blockDim.x * walk.step)
@@ -142,12 +163,11 @@ __global__ void __launch_bounds__(kSumThreads, 1)
     }
   };
 
-  int row = 0;
+  int row = 0, stage = 0, phase = 0;
   for (int64_t token = walk.from(index); token < tokens; token = walk.after(token), ++row) {
-    const int stage = row % kStages;
     const Exponent exponent(problem, problem.logsumexp ? problem.logsumexp + token : nullptr);
     float e[kPerThread], m = -INFINITY, s = 0.f;
-    if (count > 0) copy_wait(&scratch->copies[stage], row / kStages % 2);
+    if (count > 0) copy_wait(&scratch->copies[stage], phase);
     const auto at = reinterpret_cast<uintptr_t>(problem.row<T>(problem.logits, token) + first);
     const auto* const z = reinterpret_cast<const T*>(slots + stage * slot + at % 16) + mine;
 #pragma unroll
@@ -170,10 +190,12 @@ __global__ void __launch_bounds__(kSumThreads, 1)
     cluster_arrive();
     cluster_wait();
     if (threadIdx.x == 0 && count > 0) prefetch(stage);
+    if (++stage == stages) stage = 0, phase ^= 1;
 
     RowPart all{-INFINITY, 0.f};
-    for (int i = lane; i < size * warps; i += 32)
-      all.merge(*of_block(&scratch->parts[row % 2][i % warps], i / warps), exponent);
+    // a block per lane, or several lanes to a block: the number of blocks is a power of two
+    for (int i = lane / size; i < warps; i += 32 / size)
+      all.merge(*of_block(&scratch->parts[row % 2][i], lane % size), exponent);
 #pragma unroll
     for (int offset = 16; offset > 0; offset /= 2)
       all.merge({__shfl_down_sync(~0u, all.m, offset), __shfl_down_sync(~0u, all.s, offset)},

@@ -83,12 +83,13 @@ __device__ inline void pipelined(int groups, bool reverse, Load load, Use use) {
 }
 
 template <class T, class Op, bool kResident>
-__global__ void __launch_bounds__(kTeamThreads, 3)
+__global__ void __launch_bounds__(kTeamThreads, 4)
     row_kernel(const Problem problem, Op op, const Inputs<Op::kInputs> inputs, const Rows out) {
   using Reader = RowReader<T, Op::kInputs>;
   using Group = typename Reader::Group;
   using State = typename Op::State;
   constexpr int kSize = Packet<T>::kSize;
+  if constexpr (kResident && !kClusters) return;
   Team<kResident> team;
   const int64_t token = team.token();
   const Span span(problem.row<T>(problem.logits, token), problem.classes);

@@ -187,10 +187,11 @@ __device__ int draw(const Team<kResident>& team, const Operand<T>& logits, const
 }
 
 template <class T, bool kResident>
-__global__ void __launch_bounds__(kTeamThreads, kResident ? 3 : 2)
+__global__ void __launch_bounds__(kTeamThreads, kResident ? 4 : 2)
     sample_kernel(const Problem problem, const int64_t* seed, float inverse_temperature,
                   int64_t* labels, const Rows out) {
   constexpr int kSize = Packet<T>::kSize;
+  if constexpr (kResident && !kClusters) return;
   auto* const scratch = reinterpret_cast<Scratch*>(dynamic_shared());
   Team<kResident> team;
   const int64_t token = team.token();

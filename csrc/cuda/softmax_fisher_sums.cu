@@ -177,11 +177,13 @@ template <class T>
 int launch_resident(const SoftmaxFisher& p, const SumSlices& slices, float* out, float* reference,
                     float* unit, void* memory, void* stream) {
   auto* const partials = static_cast<float*>(memory);
+  const int64_t tokens = p.batches * p.tokens;
+  const int clusters = slices.clusters(resident_sums_kernel<T>, p);
   const int error = launch_cluster(
-      resident_sums_kernel<T>, dim3(slices.clusters * slices.cluster), slices.cluster,
-      slices.threads, slices.bytes, stream, Problem(p), p.batches * p.tokens,
-      static_cast<int>(slices.classes), partials, reference, unit);
-  return error ? error : add_partials(partials, p, slices.clusters, 1.0, out, stream);
+      resident_sums_kernel<T>, dim3(clusters * slices.cluster), slices.cluster, slices.threads,
+      slices.bytes, stream, Problem(p), tokens, static_cast<int>(slices.classes), slices.stages,
+      partials, reference, unit);
+  return error ? error : add_partials(partials, p, clusters, 1.0, out, stream);
 }
 
 template <bool kDiagonal>
@@ -229,9 +231,8 @@ int softmax_fisher_diagonal_sum(const SoftmaxFisher& problem, float* out, void* 
 }
 
 int64_t softmax_fisher_powers_workspace(const SoftmaxFisher& problem) {
-  const auto clusters = std::min<int64_t>(kSumBlocks, problem.batches * problem.tokens);
-  return std::max(workspace(problem),
-                  clusters * problem.classes * static_cast<int64_t>(sizeof(float)));
+  const int64_t partials = SumSlices::most_clusters(problem) * problem.classes;
+  return std::max(workspace(problem), partials * static_cast<int64_t>(sizeof(float)));
 }
 
 int softmax_fisher_powers(const SoftmaxFisher& problem, float* out, float* reference, float* unit,
