@@ -63,7 +63,7 @@ def _check_matrix_product(
             assert report.asynchronous, table
             assert report.shared >= 2 * buffers, table
     else:
-        kind = "bf16" if arithmetic == "bf16x6" else "tf32"
+        kind = "bf16" if arithmetic.startswith("bf16") else "tf32"
         assert report.matrix in ((f"wgmma.{kind}",), (f"mma.{kind}",)), table
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -22,10 +21,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import triton_compile
 import triton_launch
+from covariance import cases as factors
 
 import fisherkern as fk
 from conftest import DEVICE
-from covariance import cases as factors
 from softmax_fisher import cases as rows
 
 if DEVICE != "cpu":
@@ -94,6 +93,7 @@ CALLS: dict[str, Call] = {
     **{f"{op.id}-weighted": _factor_op(op, weighted=True) for op in factors.OPS},
     "product": _product(weighted=False),
     "product-weighted": _product(weighted=True),
+    "powers": lambda dtype: fk.SoftmaxFisher(rows.logits((3, 40), dtype)),
     "sample": lambda dtype: fk.softmax_fisher_sample(rows.logits((3, 40), dtype)),
     "over-the-logits": _over_the_logits,
     "shared-out": _shared_out,

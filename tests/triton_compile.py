@@ -77,7 +77,9 @@ _SIZES = {
     "samples_per_split",
     "g_token_inner",
 }
-_STRIDE = re.compile(r"(z|v|g|x|y|c|out|factor)_(outer|inner|direction|head|row|column|split)")
+_STRIDE = re.compile(
+    r"(z|v|g|x|y|c|out|factor|terms)_(outer|inner|direction|head|row|column|split|plane)"
+)
 # Sizes that a launch finds divisible by 16 where the rows are aligned.
 _ROW_LENGTHS = {"classes", "width", "height"}
 # Those of a block of columns beside the logits, which may be aligned where the other is not.
@@ -150,7 +152,7 @@ def _tile_operands(family: str, key: str) -> Iterator[Operands]:
         yield Operands("fp32", False, _MASKED)
         yield Operands("fp32", False, _WEIGHTED, factor="fp64")
     else:
-        halves = ("bf16", "fp16") if (family, key) == ("squares", "tf32x3") else ()
+        halves = ("bf16", "fp16") if (family, key) == ("squares", "bf16x6") else ()
         for dtype in ("fp32", *halves[:1]):
             yield Operands(dtype, True, _PLAIN, flat=True)
             yield Operands(dtype, True, _MASKED)
@@ -274,7 +276,7 @@ def _block_cases(kernel: Any, family: str, variants: tuple[dict, ...]) -> Iterat
                 if (columns, launch) == rules[0]:
                     few = {**constants, **least}
                     yield Case(kernel, target, choices[0], {**few, **everything}, *rest)
-                    if key == "tf32x3":
+                    if key == "bf16x6":
                         yield Case(kernel, target, UNIT, {**few, **everything}, *rest)
                         for variant in others:
                             yield Case(kernel, target, choices[0], {**constants, **variant}, *rest)
@@ -291,7 +293,10 @@ def _block_operands(arithmetic: str, unaligned: bool) -> Iterator[Operands]:
         yield Operands("fp32", False, ())
 
 
-def _type(kernel: Any, name: str, operands: Operands) -> str:
+def _type(kernel: Any, name: str, operands: Operands, constants: dict[str, Any]) -> str:
+    if name == "terms_ptr":
+        whole = constants.get("ARITHMETIC") == "ieee" or constants.get("TERMS") == 1
+        return "*fp32" if whole else "*bf16"
     if name in _ROWS:
         floats = name == "out_ptr" and kernel.__name__ in _FLOAT_OUTPUT
         return "*fp32" if floats else f"*{operands.dtype}"
@@ -310,7 +315,7 @@ def _is_aligned(name: str, kind: str, operands: Operands) -> bool:
     """Whether a launch would find this argument divisible by 16."""
     if kind.startswith("*"):
         return True
-    if name == "classes_per_split":  # whole tiles
+    if name in ("classes_per_split", "terms_row", "terms_plane"):  # whole tiles
         return True
     if name in _BLOCK_LENGTHS and operands.ragged:
         return False
@@ -329,7 +334,9 @@ def source(case: Case) -> ASTSource:
     if case.operands.flat:
         constants |= {name: 1 for name in ("inner", "g_token_inner") if name in names}
     types = {
-        name: "constexpr" if name in constants else _type(case.kernel, name, case.operands)
+        name: "constexpr"
+        if name in constants
+        else _type(case.kernel, name, case.operands, constants)
         for name in names
     }
     aligned = (

@@ -21,6 +21,7 @@ from fisherkern.kernels._common import pair_of, row_offset
 from fisherkern.kernels._config import on_device
 from fisherkern.kernels._covariance_common import (
     average_into,
+    ends_chain,
     left_tile,
     live_tokens,
     outer_products,
@@ -99,13 +100,24 @@ def covariance_kernel(
     first = split * tokens_per_split
     last = tl.minimum(first + tokens_per_split, tokens)
     acc = tl.zeros([BLOCK, BLOCK], tl.float32)
+    CHAINED: tl.constexpr = ARITHMETIC == "half"
+    if CHAINED:
+        chain = tl.zeros([BLOCK, BLOCK], tl.float32)
     for start in range(first, last, TOKENS):
         token = start + tl.arange(0, TOKENS)
         live, weight = live_tokens(mask_ptr, weights_ptr, token, token < last)
         x_rows = x_ptr + row_offset(token, inner, x_outer, x_inner)
         left = left_tile(x_rows, rows, width, live)
         right = right_tile(x_rows, columns, width, live)
-        acc = outer_products(acc, left, right, weight, weights_ptr is not None, ARITHMETIC)
+        if CHAINED:
+            chain = outer_products(chain, left, right, weight, weights_ptr is not None, ARITHMETIC)
+            if ends_chain(start - first, TOKENS):
+                acc += chain
+                chain = tl.zeros([BLOCK, BLOCK], tl.float32)
+        else:
+            acc = outer_products(acc, left, right, weight, weights_ptr is not None, ARITHMETIC)
+    if CHAINED:
+        acc += chain
     if partial_ptr is not None:
         partial_ptr += (split * tl.num_programs(2) + head) * width * width
         inside = (rows < width)[:, None] & (columns[None, :] <= rows[:, None])

@@ -23,6 +23,7 @@ from fisherkern.kernels._common import row_offset
 from fisherkern.kernels._config import on_device
 from fisherkern.kernels._covariance_common import (
     average_into,
+    ends_chain,
     left_tile,
     live_tokens,
     outer_products,
@@ -125,6 +126,9 @@ def cross_kernel(
     first = split * tokens_per_split
     last = tl.minimum(first + tokens_per_split, tokens)
     acc = tl.zeros([BLOCK, BLOCK], tl.float32)
+    CHAINED: tl.constexpr = ARITHMETIC == "half"
+    if CHAINED:
+        chain = tl.zeros([BLOCK, BLOCK], tl.float32)
     for start in range(first, last, TOKENS):
         token = start + tl.arange(0, TOKENS)
         live, weight = live_tokens(mask_ptr, weights_ptr, token, token < last)
@@ -137,7 +141,15 @@ def cross_kernel(
             right = right.to(tl.float32)
             left = left * left
             right = right * right
-        acc = outer_products(acc, left, right, weight, weights_ptr is not None, ARITHMETIC)
+        if CHAINED:
+            chain = outer_products(chain, left, right, weight, weights_ptr is not None, ARITHMETIC)
+            if ends_chain(start - first, TOKENS):
+                acc += chain
+                chain = tl.zeros([BLOCK, BLOCK], tl.float32)
+        else:
+            acc = outer_products(acc, left, right, weight, weights_ptr is not None, ARITHMETIC)
+    if CHAINED:
+        acc += chain
     store_tile(
         acc,
         partial_ptr,

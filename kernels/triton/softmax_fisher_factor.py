@@ -17,8 +17,8 @@ from torch import Tensor
 
 from fisherkern.kernels._common import exponential, rate, row_offset
 from fisherkern.kernels._config import architecture, on_device
-from fisherkern.kernels._covariance_common import outer_products
 from fisherkern.kernels._factor_config import (
+    ARITHMETIC,
     CLASSES_PER_SPLIT,
     LAUNCHES,
     LEAST_COLUMNS,
@@ -26,6 +26,7 @@ from fisherkern.kernels._factor_config import (
     PROGRAMS,
     Launch,
 )
+from fisherkern.kernels._terms import terms_of
 from fisherkern.kernels.covariance import covariance_update
 from fisherkern.kernels.softmax_fisher_diagonals import softmax_fisher_mean_probs
 from fisherkern.kernels.softmax_fisher_panel import softmax_fisher_panel
@@ -67,6 +68,35 @@ def entries(z, reference, unit, labels_ptr, label, at_label, column, scale, scal
 
 
 @triton.jit
+def add_products(acc, u, at, plane, ARITHMETIC: tl.constexpr):
+    """Acc + u x, where the terms of x lie at these pointers, a plane apart.
+
+    The matrix units of sm_90 cut off what they add to an accumulator: a sum of all tokens that
+    stayed there would be small by 1e-5. Theirs begins at zero in every step, with the small
+    products; that of the steps is rounded.
+    """
+    if ARITHMETIC == "ieee":
+        acc = tl.dot(u, tl.load(at), acc, input_precision="ieee")
+    else:
+        x0 = tl.load(at)
+        x1 = tl.load(at + plane)
+        u0 = u.to(tl.bfloat16)
+        rest = u - u0.to(tl.float32)
+        u1 = rest.to(tl.bfloat16)
+        block = tl.dot(u1, x0)
+        if ARITHMETIC == "bf16x6":
+            u2 = (rest - u1.to(tl.float32)).to(tl.bfloat16)
+            block = tl.dot(u1, x1)
+            block = tl.dot(u2, x0, block)
+            block = tl.dot(u0, tl.load(at + 2 * plane), block)
+            block = tl.dot(u1, x0, block)
+        block = tl.dot(u0, x1, block)
+        # no dot with acc, as Triton makes of acc + dot(a, b): this one has its block to add to
+        acc += tl.dot(u0, x0, block)
+    return acc
+
+
+@triton.jit
 def project_kernel(
     z_ptr,
     reference_ptr,
@@ -74,7 +104,7 @@ def project_kernel(
     labels_ptr,
     at_label_ptr,
     scale_ptr,
-    y_ptr,
+    terms_ptr,
     out_ptr,
     inner,
     z_outer,
@@ -83,7 +113,8 @@ def project_kernel(
     classes,
     classes_per_split,
     width,
-    y_row,
+    terms_plane,
+    terms_row,
     out_split,
     out_row,
     scale,
@@ -94,7 +125,7 @@ def project_kernel(
     CLASSES: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """A tile of Uᵀ diag(scale) [y, 1], summed over the classes of one split."""
+    """A tile of Uᵀ [x, diag(scale) 1] for x in terms, summed over the classes of one split."""
     blocks = tl.maximum(tl.cdiv(width, COLUMNS), 1)
     # those that read the same logits are neighbours
     block = tl.program_id(0) % blocks
@@ -104,6 +135,7 @@ def project_kernel(
     reference, unit = units(reference_ptr, unit_ptr, token, tokens)
     label, at_label = labels_of(labels_ptr, at_label_ptr, token, tokens, classes)
     row = z_ptr + row_offset(token, inner, z_outer, z_inner)
+    tile = tl.arange(0, CLASSES)[:, None] * terms_row + k[None, :]
     first = split * classes_per_split
     last = tl.minimum(first + classes_per_split, classes)
     acc = tl.zeros([TOKENS, COLUMNS], tl.float32)
@@ -124,16 +156,14 @@ def project_kernel(
             scale,
             scale_low,
         )
-        if scale_ptr is not None:
-            u *= tl.load(scale_ptr + column, mask=column < classes, other=0.0)[None, :]
         if ONES:
-            sums += tl.sum(u, 1)
-        y = tl.load(
-            y_ptr + column[:, None].to(tl.int64) * y_row + k[None, :],
-            mask=(column < classes)[:, None] & (k < width)[None, :],
-            other=0.0,
-        )
-        acc = outer_products(acc, u, y, None, False, ARITHMETIC)
+            if scale_ptr is not None:
+                weight = tl.load(scale_ptr + column, mask=column < classes, other=0.0)
+                sums += tl.sum(u * weight[None, :], 1)
+            else:
+                sums += tl.sum(u, 1)
+        at = terms_ptr + tl.cast(start, tl.int64) * terms_row + tile
+        acc = add_products(acc, u, at, terms_plane, ARITHMETIC)
     to = out_ptr + split.to(tl.int64) * out_split + token.to(tl.int64) * out_row
     inside = (token < tokens)[:, None] & (k < width)[None, :]
     tl.store(to[:, None] + k[None, :], acc, mask=inside)
@@ -149,7 +179,7 @@ def expand_kernel(
     labels_ptr,
     at_label_ptr,
     scale_ptr,
-    c_ptr,
+    terms_ptr,
     y_ptr,
     y_scale_ptr,
     out_ptr,
@@ -159,7 +189,8 @@ def expand_kernel(
     tokens,
     classes,
     width,
-    c_row,
+    terms_plane,
+    terms_row,
     y_row,
     out_row,
     alpha,
@@ -170,10 +201,11 @@ def expand_kernel(
     CLASSES: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """A tile of diag(y_scale) y + alpha diag(scale) U c; y may be out."""
+    """A tile of diag(y_scale) y + alpha diag(scale) U x for x in terms; y may be out."""
     blocks = tl.cdiv(width, COLUMNS)
     column = tl.program_id(0) // blocks * CLASSES + tl.arange(0, CLASSES)
     k = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
+    tile = tl.arange(0, TOKENS)[:, None] * terms_row + k[None, :]
     acc = tl.zeros([CLASSES, COLUMNS], tl.float32)
     for start in range(0, tokens, TOKENS):
         token = start + tl.arange(0, TOKENS)
@@ -194,12 +226,8 @@ def expand_kernel(
             scale,
             scale_low,
         )
-        c = tl.load(
-            c_ptr + token[:, None].to(tl.int64) * c_row + k[None, :],
-            mask=(token < tokens)[:, None] & (k < width)[None, :],
-            other=0.0,
-        )
-        acc = outer_products(acc, u, c, None, False, ARITHMETIC)
+        at = terms_ptr + tl.cast(start, tl.int64) * terms_row + tile
+        acc = add_products(acc, u, at, terms_plane, ARITHMETIC)
     acc *= alpha
     if scale_ptr is not None:
         acc *= tl.load(scale_ptr + column, mask=column < classes, other=0.0)[:, None]
@@ -216,16 +244,19 @@ def expand_kernel(
 # ---- host ---------------------------------------------------------------------------------------
 
 
-def _tile(family: str, precision: str, logits: Tensor, width: int) -> tuple[int, Launch]:
-    """Columns of a program and its launch, for a block of `width` columns."""
-    columns = min(max(triton.next_power_of_2(width), LEAST_COLUMNS), MOST_COLUMNS)
+def _columns(family: str, width: int) -> int:
+    """Columns of a program."""
+    return min(max(triton.next_power_of_2(width), LEAST_COLUMNS), MOST_COLUMNS[family])
+
+
+def _launch(family: str, arithmetic: str, logits: Tensor, columns: int) -> Launch:
     launches = LAUNCHES[architecture(logits.device)][family]
-    rules = launches[precision]
+    rules = launches[arithmetic]
     # as the kernels are specialised: by 16 elements
     sizes = (logits.shape[-1], *logits.stride()[:2])
     if logits.data_ptr() % 16 or any(size % 16 for size in sizes):
-        rules = launches.get(f"{precision} unaligned", rules)
-    return columns, next(rule.launch for rule in rules if columns <= rule.columns)
+        rules = launches.get(f"{arithmetic} unaligned", rules)
+    return next(rule.launch for rule in rules if columns <= rule.columns)
 
 
 def _class_splits(classes: int, tiles: int, step: int, device: torch.device) -> tuple[int, int]:
@@ -295,8 +326,11 @@ def softmax_fisher_project(
     if not out.shape[1]:
         return
     classes, width = y.shape
+    arithmetic, columns = ARITHMETIC[precision], _columns("project", width)
+    with on_device(y):
+        terms = terms_of(y, scale, columns, arithmetic)
     for z, here, values in _batches(logits, reference, unit, labels, at_label):
-        columns, (step, tile, warps, stages) = _tile("project", precision, z, width)
+        step, tile, warps, stages = _launch("project", arithmetic, z, columns)
         rows = out[here]
         tokens = rows.shape[0]
         tiles = triton.cdiv(tokens, step) * max(1, triton.cdiv(width, columns))
@@ -307,7 +341,7 @@ def softmax_fisher_project(
                 z,
                 *values,
                 scale,
-                y,
+                terms,
                 partial,
                 z.shape[1],
                 *z.stride()[:2],
@@ -315,11 +349,11 @@ def softmax_fisher_project(
                 classes,
                 per_split,
                 width,
-                y.stride(0),
+                *terms.stride()[:2],
                 *partial.stride()[:2],
                 *rate(temperature),
                 ONES=ones,
-                ARITHMETIC=precision,
+                ARITHMETIC=arithmetic,
                 TOKENS=step,
                 CLASSES=tile,
                 COLUMNS=columns,
@@ -349,15 +383,17 @@ def softmax_fisher_expand(
 ) -> None:
     """Out [V, K] = diag(y_scale) y + alpha diag(scale) U c."""
     classes, width = out.shape
+    arithmetic, columns = ARITHMETIC[precision], _columns("expand", width)
     for z, here, values in _batches(logits, reference, unit, labels, at_label):
-        columns, (step, tile, warps, stages) = _tile("expand", precision, z, width)
+        step, tile, warps, stages = _launch("expand", arithmetic, z, columns)
         tiles = triton.cdiv(classes, tile) * triton.cdiv(width, columns)
         with on_device(z):
+            terms = terms_of(c[here], None, columns, arithmetic)
             expand_kernel[(tiles,)](
                 z,
                 *values,
                 scale,
-                c[here],
+                terms,
                 y,
                 y_scale,
                 out,
@@ -366,12 +402,12 @@ def softmax_fisher_expand(
                 z.shape[0] * z.shape[1],
                 classes,
                 width,
-                c.stride(0),
+                *terms.stride()[:2],
                 0 if y is None else y.stride(0),
                 out.stride(0),
                 alpha,
                 *rate(temperature),
-                ARITHMETIC=precision,
+                ARITHMETIC=arithmetic,
                 TOKENS=step,
                 CLASSES=tile,
                 COLUMNS=columns,
