@@ -31,11 +31,6 @@ inline size_t slice_bytes() { return 56 * 1024; }
 
 inline size_t most_slice_bytes() { return 66 * 1024; }
 
-// Where rows are summed class by class: how many classes a block has, in clusters of up to 8 blocks,
-// and in those of 16, which are slower (H200: half the speed).
-inline int64_t sum_classes() { return 8192; }
-inline int64_t most_sum_classes() { return 16384; }
-
 inline bool has_clusters() {
   int device = 0, major = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return false;
@@ -153,49 +148,23 @@ int allow_shared(void (*kernel)(Parameters...), size_t shared_bytes) {
                               static_cast<int>(shared_bytes));
 }
 
-// The configuration of a launch in clusters; grid.x is a multiple of the blocks of one.
-struct ClusterLaunch {
-  cudaLaunchAttribute attribute{};
-  cudaLaunchConfig_t config{};
-
-  ClusterLaunch(dim3 grid, int cluster, int threads, size_t shared_bytes, void* stream) {
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    config.gridDim = grid;
-    config.blockDim = dim3(threads);
-    config.dynamicSmemBytes = shared_bytes;
-    config.stream = static_cast<cudaStream_t>(stream);
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-  }
-  ClusterLaunch(const ClusterLaunch&) = delete;  // config points into it
-};
-
-template <class... Parameters>
-int allow_cluster(void (*kernel)(Parameters...), int cluster, size_t shared_bytes) {
-  if (const int error = allow_shared(kernel, shared_bytes)) return error;
-  if (cluster <= 8) return cudaSuccess;  // what every device promises
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-}
-
+// grid.x is a multiple of the blocks of a cluster, which are at most the 8 that every device promises.
 template <class... Parameters, class... Arguments>
 int launch_cluster(void (*kernel)(Parameters...), dim3 grid, int cluster, int threads,
                    size_t shared_bytes, void* stream, Arguments... arguments) {
-  if (const int error = allow_cluster(kernel, cluster, shared_bytes)) return error;
-  ClusterLaunch launch(grid, cluster, threads, shared_bytes, stream);
-  return cudaLaunchKernelEx(&launch.config, kernel, Parameters(arguments)...);
-}
-
-// How many clusters of a kernel the device holds at one time, at least 1.
-template <class... Parameters>
-int resident_clusters(void (*kernel)(Parameters...), int cluster, int threads,
-                      size_t shared_bytes) {
-  int count = 0;
-  if (allow_cluster(kernel, cluster, shared_bytes)) return 1;
-  ClusterLaunch launch(dim3(cluster), cluster, threads, shared_bytes, nullptr);
-  cudaOccupancyMaxActiveClusters(&count, kernel, &launch.config);
-  return count > 0 ? count : 1;
+  if (const int error = allow_shared(kernel, shared_bytes)) return error;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
 }
 
 template <class... Parameters, class... Arguments>

@@ -338,16 +338,9 @@ inline float4* dynamic_shared() {
 inline size_t shared_memory_limit() { return emulation::machine().shared_limit; }
 inline size_t slice_bytes() { return emulation::machine().slice_bytes; }
 inline size_t most_slice_bytes() { return 64 * 1024; }
-inline int64_t most_sum_classes() { return 512; }
-inline int64_t sum_classes() { return emulation::machine().slice_bytes / 8; }
 inline bool has_clusters() { return emulation::machine().slice_bytes > 0; }
 
 constexpr bool kClusters = true;
-
-template <class Kernel>
-int resident_clusters(Kernel, int, int, size_t) {
-  return 2;  // each has several rows, one after another
-}
 
 inline int cluster_rank() { return emulation::self().rank; }
 inline int cluster_size() { return emulation::machine().cluster; }
