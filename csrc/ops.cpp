@@ -44,7 +44,7 @@ STABLE_TORCH_LIBRARY(fisherkern_native, m) {
   m.def("mirror(Tensor(a!) factor) -> ()");
   // CUDA alone: the parts of the two updates around products of torch, see ops/_cuda_kernels.py
   m.def("covariance_pack(Tensor x, Tensor? mask, Tensor? weights, bool bias, bool squares, "
-        "int[] parts, int first_token, Tensor(a!) panel) -> ()");
+        "int first_token, Tensor(a!) panel) -> ()");
   m.def("factor_update(Tensor tile, Tensor alpha, float beta, int first_row, int first_column, "
         "bool lower, bool squares, Tensor(a!) factor) -> ()");
 #undef FISHERKERN_VECTOR

@@ -18,7 +18,9 @@ from typing import Any
 
 import torch
 
-ORDER = {"cpu": ("cpp", "reference"), "cuda": ("triton", "cuda", "reference")}
+ORDER = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
+# Products of matrices on CUDA: those of the cuda back end are cuBLAS on packed copies.
+PRODUCTS = ("triton", "cuda", "reference")
 NAMES = ("triton", "cuda", "cpp", "reference")
 
 _requested: str | None = None
@@ -111,22 +113,16 @@ def reason_against(name: str, device: str, dtype: torch.dtype) -> str:
     return reason
 
 
-def select(device: str, dtype: torch.dtype, preferred: str = "") -> str:
-    """The name of the back end for tensors of this device type and dtype.
-
-    A `preferred` one comes before the others, where none was requested.
-    """
+def select(device: str, dtype: torch.dtype, products: bool = False) -> str:
+    """The name of the back end for tensors of this device type and dtype, maybe for `products`."""
     name = requested()
     if name is not None:
         reason = reason_against(name, device, dtype)
         if reason:
             raise BackendUnavailableError(f"back end {name!r} was requested but {reason}")
         return name
-    order = ORDER.get(device, ("reference",))
-    for candidate in (preferred, *order) if preferred else order:
-        if not reason_against(candidate, device, dtype):
-            return candidate
-    return "reference"
+    order = PRODUCTS if products and device == "cuda" else ORDER.get(device, ("reference",))
+    return next((name for name in order if not reason_against(name, device, dtype)), "reference")
 
 
 def load(name: str) -> Any:

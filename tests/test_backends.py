@@ -10,7 +10,6 @@ import torch
 
 import fisherkern as fk
 from fisherkern import backends, info
-from fisherkern.ops import _covariance_gate
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -64,7 +63,7 @@ def test_gpu_order(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(backends, "triton_kernels", lambda: (object(), ""))
     monkeypatch.setattr(backends, "extension", lambda: (Extension, ""))
-    assert backends.available("cuda") == ["triton", "cuda", "reference"]
+    assert backends.available("cuda") == ["cuda", "triton", "reference"]
     assert backends.select("cuda", torch.float64) == "reference"
     monkeypatch.setattr(backends, "triton_kernels", lambda: (None, "triton is not installed"))
     assert backends.select("cuda", torch.bfloat16) == "cuda"
@@ -176,60 +175,41 @@ def test_ops_of_the_extension_are_those_of_the_convention() -> None:
     assert schemas == {name: list(inspect.signature(f).parameters) for name, f in public.items()}
 
 
-@pytest.mark.parametrize(
-    ("capability", "narrow", "wide"),
-    [
-        ((8, 0), 2047, 2048),
-        ((8, 9), 2047, 2048),
-        ((9, 0), 4095, 4096),
-        ((12, 0), 4095, 4096),
-        ((7, 5), 2047, 2048),
-    ],
-)
-def test_width_chooses_for_symmetric_updates(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], narrow: int, wide: int
-) -> None:
-    """Below the gate of the nearest lower architecture cuBLAS multiplies, where it can."""
-
+def test_products_prefer_triton_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     class Extension:
         @staticmethod
         def build_info() -> dict[str, list[str]]:
             return {"cuda_architectures": ["sm_90"]}
 
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(backends, "triton_kernels", lambda: (object(), ""))
     monkeypatch.setattr(backends, "extension", lambda: (Extension, ""))
-    device = torch.device("cuda")
 
-    def chosen(width: int) -> str:
-        return backends.select("cuda", torch.bfloat16, _covariance_gate.preferred(device, width))
+    def chosen(products: bool, device: str = "cuda") -> str:
+        return backends.select(device, torch.bfloat16, products)
 
-    assert [chosen(width) for width in (1, narrow, wide, 1 << 20)] == ["cuda"] * 2 + ["triton"] * 2
-    assert _covariance_gate.preferred(torch.device("cpu"), 1) == ""
-    with fk.backend("triton"):
-        assert chosen(narrow) == "triton"
+    assert (chosen(False), chosen(True)) == ("cuda", "triton")
+    assert chosen(True, "cpu") == chosen(False, "cpu") == "cpp"
     with fk.backend("cuda"):
-        assert chosen(wide) == "cuda"
+        assert chosen(True) == "cuda"
+    monkeypatch.setattr(backends, "triton_kernels", lambda: (None, "not installed"))
+    assert chosen(True) == "cuda"
     monkeypatch.setattr(backends, "extension", lambda: (None, "not built"))
-    assert chosen(narrow) == "triton"
+    assert chosen(False) == "reference"
 
 
-def test_symmetric_update_asks_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the width of the factor, the bias included."""
+def test_products_say_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-
-    def preferred(device: torch.device, width: int) -> str:
-        asked.append((device.type, width))
-        return "reference"
-
-    served = []
-    load = backends.load
-    monkeypatch.setattr(_covariance_gate, "preferred", preferred)
-    monkeypatch.setattr(backends, "load", lambda name: served.append(name) or load(name))
-    fk.covariance_update_(
-        torch.zeros(4, 4), torch.ones(2, 3), ema_decay=0.0, bias=True, mirror=False
+    select = backends.select
+    monkeypatch.setattr(
+        backends,
+        "select",
+        lambda device, dtype, products=False: (
+            asked.append(products) or select(device, dtype, products)
+        ),
     )
-    assert asked == [("cpu", 4)]
-    assert served == ["reference"]
-    fk.cross_covariance(torch.ones(2, 3), torch.ones(2, 3))
-    assert len(asked) == 1
+    x = torch.ones(2, 3)
+    fk.covariance_update_(torch.zeros(3, 3), x, ema_decay=0.0, mirror=False)
+    fk.cross_covariance(x, x)
+    assert asked == [True, True]
+    fk.softmax_fisher_trace(x)
+    assert asked[2:] == [False]

@@ -1,6 +1,6 @@
 // Launchers of the covariance family: what stands before and behind a product of cuBLAS.
 //
-//   covariance_pack   rows of activations -> operands of a product, as sums of bfloat16 terms
+//   covariance_pack   rows of activations -> operands of a product
 //   factor_update     tiles of a product  -> the moving average in the factor
 //   mirror            lower triangle      -> upper triangle
 //
@@ -20,22 +20,15 @@ struct TokenWeights {
   int64_t token_stride;
 };
 
-// Operands [heads, parts, tokens, row] of a product, contiguous and aligned to 16 bytes: `tokens`
-// of batches * tokens rows of x, from first_token on. Columns past the width of x are zero.
-// Part k of a bfloat16 panel is term number (terms >> 2 k) & 3 of the value: term 0 is the value
-// rounded, term 1 the rounded remainder, term 2 the remainder of that. Three are a normal float32.
-// Other dtypes hold the value, and have one part.
+// Operands [heads, tokens, row] of a product, contiguous and aligned to 16 bytes: `tokens` of
+// batches * tokens rows of x, from first_token on. Columns past the width of x are zero.
 struct Panel {
   void* data;
-  DType dtype;
-  int32_t parts;
+  DType dtype;  // float32, or that of x where it holds the value: no weights, no squares
   int64_t first_token;
   int64_t tokens;
   int64_t row;
-  uint64_t terms;
 };
-
-constexpr int kMaxParts = 9;
 
 // The value is that of x, squared with x.squares, 1 in the column of a bias; times its weight, in
 // float32. Tokens of weight 0 are not read.

@@ -2,7 +2,6 @@
 // torch; a message from here means that it broke the convention.
 #include <torch/csrc/stable/library.h>
 
-#include <vector>
 
 #include "../checks.h"
 #include "covariance.h"
@@ -28,7 +27,7 @@ void check_per_token(const Tensor& values, const Tensor& x, ScalarType dtype, co
 }
 
 void pack(const Tensor& x, const Optional& mask, const Optional& weights, bool bias, bool squares,
-          std::vector<int64_t> parts, int64_t first_token, Tensor panel) {
+          int64_t first_token, Tensor panel) {
   // strides of no columns, or of one, say nothing
   STD_TORCH_CHECK(x.dim() == 4 && x.size(0) * x.size(1) * x.size(2) > 0 &&
                       (x.size(3) <= 1 || x.stride(3) == 1) && (x.size(3) > 0 || bias),
@@ -58,26 +57,18 @@ void pack(const Tensor& x, const Optional& mask, const Optional& weights, bool b
     w.token_stride = given.stride(2);
   }
 
-  const auto count = static_cast<int64_t>(parts.size());
-  STD_TORCH_CHECK(panel.dim() == 4 && panel.is_contiguous() && panel.size(0) == a.heads &&
-                      panel.size(1) == count && panel.size(3) >= a.width() && panel.size(3) % 8 == 0,
-                  "panel must be contiguous [heads, parts, tokens, 8 n >= width]");
-  STD_TORCH_CHECK(count >= 1 && count <= kMaxParts, "parts must be 1 to ", kMaxParts);
-  STD_TORCH_CHECK(first_token >= 0 && first_token + panel.size(2) <= x.size(1) * x.size(2),
+  STD_TORCH_CHECK(panel.dim() == 3 && panel.is_contiguous() && panel.size(0) == a.heads &&
+                      panel.size(2) >= a.width() && panel.size(2) % 8 == 0,
+                  "panel must be contiguous [heads, tokens, 8 n >= width]");
+  STD_TORCH_CHECK(first_token >= 0 && first_token + panel.size(1) <= x.size(1) * x.size(2),
                   "the tokens of the panel must be tokens of x");
   Panel p{};
   p.data = panel.data_ptr();
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(p.data) % 16 == 0, "panel must be aligned");
   p.dtype = dtype_of(panel);
-  p.parts = static_cast<int32_t>(count);
   p.first_token = first_token;
-  p.tokens = panel.size(2);
-  p.row = panel.size(3);
-  for (int64_t k = 0; k < count; ++k) {
-    const int64_t last = p.dtype == DType::bfloat16 ? 2 : 0;
-    STD_TORCH_CHECK(parts[k] >= 0 && parts[k] <= last, "parts must be terms 0 to ", last);
-    p.terms |= static_cast<uint64_t>(parts[k]) << (2 * k);
-  }
+  p.tokens = panel.size(1);
+  p.row = panel.size(2);
   run_on_stream(x, [&](void* stream) { return covariance_pack(a, w, p, stream); });
 }
 

@@ -1,7 +1,4 @@
-// Rows of activations into operands of tensor-core products: mask, weights, squares and the bias
-// enter, and float32 becomes a sum of bfloat16 terms.
-#include <type_traits>
-
+// Rows of activations into operands of products: mask, weights, squares and the bias enter.
 #include "covariance.h"
 #include "packets.cuh"
 #include "row_lanes.cuh"
@@ -9,7 +6,7 @@
 namespace fisherkern::cuda {
 namespace {
 
-constexpr int kColumns = 8;  // per thread: 16 bytes of a bfloat16 panel
+constexpr int kColumns = 8;  // per thread: 16 bytes of half precision
 
 __device__ inline float weight_of(const TokenWeights& w, int64_t offset) {
   if (w.weights) return w.weights[offset];
@@ -38,17 +35,6 @@ __device__ void load_columns(const Activations& x, const T* row, int64_t c,
   }
 }
 
-// The next bfloat16 term of eight values, which become the remainders: those are exact.
-__device__ inline uint4 take_term(float (&value)[kColumns]) {
-  Packet<__nv_bfloat16> packet{};
-#pragma unroll
-  for (int j = 0; j < kColumns; ++j) {
-    packet.set(j, value[j]);
-    value[j] -= packet.get(j);
-  }
-  return make_uint4(packet.word[0], packet.word[1], packet.word[2], packet.word[3]);
-}
-
 template <class T, class P>
 __global__ void __launch_bounds__(kRowThreads)
     pack_kernel(const Activations x, const TokenWeights weights, const Panel panel, int lanes) {
@@ -61,8 +47,8 @@ __global__ void __launch_bounds__(kRowThreads)
                                               position * weights.token_stride);
   const T* from = static_cast<const T*>(x.data) + head * x.head_stride + batch * x.batch_stride +
                   position * x.token_stride;
-  const int64_t width = x.columns + x.bias, part_stride = panel.tokens * panel.row;
-  P* to = static_cast<P*>(panel.data) + head * panel.parts * part_stride + index * panel.row;
+  const int64_t width = x.columns + x.bias;
+  P* to = static_cast<P*>(panel.data) + row * panel.row;
   for (int64_t c = threadIdx.x % lanes * kColumns; c < panel.row; c += lanes * kColumns) {
     float value[kColumns] = {};
     if (weight != 0.f) {  // true of NaN
@@ -75,23 +61,14 @@ __global__ void __launch_bounds__(kRowThreads)
         if (c + j >= width) value[j] = 0.f;
       }
     }
-    if constexpr (std::is_same_v<P, __nv_bfloat16>) {
-      const uint4 first = take_term(value), second = take_term(value), third = take_term(value);
-      for (int k = 0; k < panel.parts; ++k) {
-        const int term = panel.terms >> (2 * k) & 3;
-        *reinterpret_cast<uint4*>(to + k * part_stride + c) =
-            term == 0 ? first : term == 1 ? second : third;
-      }
-    } else {
-      constexpr int kSize = Packet<P>::kSize;
+    constexpr int kSize = Packet<P>::kSize;
 #pragma unroll
-      for (int k = 0; k < kColumns; k += kSize) {
-        Packet<P> packet{};
+    for (int k = 0; k < kColumns; k += kSize) {
+      Packet<P> packet{};
 #pragma unroll
-        for (int j = 0; j < kSize; ++j) packet.set(j, value[k + j]);
-        *reinterpret_cast<uint4*>(to + c + k) =
-            make_uint4(packet.word[0], packet.word[1], packet.word[2], packet.word[3]);
-      }
+      for (int j = 0; j < kSize; ++j) packet.set(j, value[k + j]);
+      *reinterpret_cast<uint4*>(to + c + k) =
+          make_uint4(packet.word[0], packet.word[1], packet.word[2], packet.word[3]);
     }
   }
 }
@@ -110,20 +87,19 @@ int launch_pack(const Activations& x, const TokenWeights& weights, const Panel& 
 int covariance_pack(const Activations& x, const TokenWeights& weights, const Panel& panel,
                     void* stream) {
   if (panel.row % kColumns || panel.row < x.width()) return cudaErrorInvalidValue;
-  if (panel.parts < 1 || panel.parts > kMaxParts) return cudaErrorInvalidValue;
-  if (panel.dtype == DType::bfloat16) {
+  if (panel.dtype == DType::float32) {
     switch (x.dtype) {
-      case DType::float32: return launch_pack<float, __nv_bfloat16>(x, weights, panel, stream);
-      case DType::bfloat16:
-        return launch_pack<__nv_bfloat16, __nv_bfloat16>(x, weights, panel, stream);
-      case DType::float16: return launch_pack<__half, __nv_bfloat16>(x, weights, panel, stream);
+      case DType::float32: return launch_pack<float, float>(x, weights, panel, stream);
+      case DType::bfloat16: return launch_pack<__nv_bfloat16, float>(x, weights, panel, stream);
+      case DType::float16: return launch_pack<__half, float>(x, weights, panel, stream);
       default: return cudaErrorInvalidValue;
     }
   }
-  if (panel.dtype != x.dtype || panel.parts != 1) return cudaErrorInvalidValue;
-  if (panel.dtype == DType::float32) return launch_pack<float, float>(x, weights, panel, stream);
-  // neither a weighted value nor a square is one of float16
-  if (panel.dtype != DType::float16 || weights.weights || x.squares) return cudaErrorInvalidValue;
+  // neither a weighted value nor a square is one of half precision
+  if (panel.dtype != x.dtype || weights.weights || x.squares) return cudaErrorInvalidValue;
+  if (panel.dtype == DType::bfloat16)
+    return launch_pack<__nv_bfloat16, __nv_bfloat16>(x, weights, panel, stream);
+  if (panel.dtype != DType::float16) return cudaErrorInvalidValue;
   return launch_pack<__half, __half>(x, weights, panel, stream);
 }
 

@@ -90,7 +90,7 @@ class DiagonalPlusLowRank(LowRankOperator):
         gram_matrix = u.new_zeros((r, r) if gram else (0, 0))
         if u.numel() == 0:
             return products, gram_matrix
-        serving, one = kernels(u), u.new_ones(1)
+        serving, one = kernels(u, products=True), u.new_ones(1)
         rows = (u if u.stride(1) == 1 else u.contiguous())[None]
         how = (None, None if scale is None else scale.contiguous(), one, 0.0)
         if products.shape[1]:

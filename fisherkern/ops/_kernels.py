@@ -44,10 +44,10 @@ from torch import Tensor
 from fisherkern import backends
 
 
-def kernels(x: Tensor, dtype: torch.dtype | None = None, preferred: str = "") -> Any:
+def kernels(x: Tensor, dtype: torch.dtype | None = None, *, products: bool = False) -> Any:
     """The kernels that serve this tensor: a namespace of functions.
 
-    A `dtype` stands in for that of x where an op only moves values; `preferred` is the back end to
-    ask first where none was requested.
+    A `dtype` stands in for that of x where an op only moves values; `products` is for those that
+    multiply matrices.
     """
-    return backends.load(backends.select(x.device.type, dtype or x.dtype, preferred))
+    return backends.load(backends.select(x.device.type, dtype or x.dtype, products))

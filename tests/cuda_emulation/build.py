@@ -155,11 +155,9 @@ _Panel = _structure(
     "Panel",
     data=_POINTER,
     dtype=ctypes.c_int32,
-    parts=ctypes.c_int32,
     first_token=_INT,
     tokens=_INT,
     row=_INT,
-    terms=ctypes.c_uint64,
 )
 _FactorUpdate = _structure(
     "FactorUpdate",
@@ -338,10 +336,11 @@ class Emulated:
             said = self._library.emulation_error().decode() or "refused"
             raise RuntimeError(f"{name}: {said} (cudaError {status})")
 
-    def covariance_pack(self, x, mask, weights, bias, squares, parts, first_token, panel) -> None:
+    def covariance_pack(self, x, mask, weights, bias, squares, first_token, panel) -> None:
         heads, _, length, columns = x.shape
         assert panel.is_contiguous()
-        assert panel.shape[:2] == (heads, len(parts))
+        assert len(panel) == heads
+        assert columns <= 1 or x.stride(3) == 1
         head_stride, batch_stride, token_stride, _ = x.stride()
         given = mask if weights is None else weights
         strides = (0, 0, 0) if given is None else given.stride()
@@ -363,10 +362,8 @@ class Emulated:
             _Panel(
                 panel.data_ptr(),
                 DTYPES[panel.dtype],
-                len(parts),
                 first_token,
-                *panel.shape[2:],
-                sum(part << 2 * k for k, part in enumerate(parts)),
+                *panel.shape[1:],
             ),
         )
 

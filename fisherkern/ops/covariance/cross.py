@@ -44,7 +44,7 @@ def _update(
     else:
         rows = token_rows(x.ndim - 1, x, g)
     target = factor if factor.stride(-1) == 1 or factor.shape[-1] == 1 else factor.contiguous()
-    kernels(x).cross_update(
+    kernels(x, products=True).cross_update(
         *rows,
         None if mask is None else mask.reshape(-1),
         None if weights is None else weights.reshape(-1),

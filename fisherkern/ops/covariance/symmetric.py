@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fisherkern import checks
-from fisherkern.ops import _covariance_gate
 from fisherkern.ops._kernels import kernels
 from fisherkern.ops._library import define
 from fisherkern.ops._rows import token_rows
@@ -55,8 +54,7 @@ def _update(
         (rows,) = token_rows(lead, x if heads else x.unsqueeze(-2))
         # a factor without unit stride goes through a copy
         target = factor if factor.stride(-1) == 1 or factor.shape[-1] == 1 else factor.contiguous()
-        preferred = _covariance_gate.preferred(x.device, factor.shape[-1])
-        kernels(x, preferred=preferred).covariance_update(
+        kernels(x, products=True).covariance_update(
             rows,
             None if mask is None else mask.reshape(-1),
             None if weights is None else weights.reshape(-1),

@@ -55,7 +55,7 @@ def _project(
     z = _canonical(logits)
     if not z or (out.numel() == 0 and products.numel() == 0):
         return out.zero_(), products
-    kernels(z[0]).softmax_fisher_project(
+    kernels(z[0], products=True).softmax_fisher_project(
         z,
         flat(reference),
         flat(unit),
@@ -120,7 +120,7 @@ def expand_into(
         else:
             out.copy_(y if y_scale is None else y * y_scale[:, None])
         return
-    kernels(z[0]).softmax_fisher_expand(
+    kernels(z[0], products=True).softmax_fisher_expand(
         z,
         flat(reference),
         flat(unit),
