@@ -291,7 +291,10 @@ class LowRankOperator(ABC):
             refine: whether conjugate gradients follow the Woodbury identity, which is then their
                 preconditioner: for a Γ of low precision, such as "tf32". An iteration is a
                 product and a solve.
-            tolerance: of conjugate gradients: ‖(A + λ I) x − y‖ / ‖y‖ of every column.
+            tolerance: of conjugate gradients: ‖(A + λ I) x − y‖ / ‖y‖ of every column, as they
+                carry it along. Rounding of products comes on top, about 2⁻²³ (‖D‖ + λ) / λ in
+                float32 (without D: ‖A‖): less is no use, and :meth:`residual` says what it was. The
+                relative error of x is at most ‖y‖ / (λ ‖x‖) times as large.
             iterations: of conjugate gradients, at most.
 
         Raises:

@@ -15,7 +15,10 @@ def conjugate_gradients(
 ) -> tuple[Tensor, Tensor, int]:
     """X with A X = Y for a positive definite A, every column a problem of its own.
 
-    Columns that have converged stay as they are. Inner products are taken in float64.
+    Columns that have converged stay as they are. Inner products are taken in float64. The residual
+    is that of the recurrence; y − A X differs from it by what products round off. Going on from
+    y − A X divided that by 1 to 2.7 in float32 (400 classes, λ = 1e-5), for half as many products
+    again, and so is left out.
 
     Args:
         product: A X of a block X [n, k].

@@ -10,7 +10,7 @@ import torch
 import fisherkern as fk
 from conftest import DEVICE
 from softmax_fisher import cases
-from softmax_fisher.cases import IDS, OPS, Op
+from softmax_fisher.cases import IDS, OPS, PER_TOKEN, Op
 
 
 def usual(op: Op) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -78,9 +78,12 @@ def test_weights(backend: str, op: Op) -> None:
         if DEVICE == "cpu":
             refused(op, ValueError, f"weights holds {bad}", z, *operands, weights=values)
         else:
-            row = cases.tensors(op.call(z, *operands, weights=values))[0]
-            per_token = row.shape[:1] == (3,)
-            assert row[1].isnan().all() if per_token else row.isnan().all()
+            result = cases.tensors(op.call(z, *operands, weights=values))[0]
+            if op in PER_TOKEN:
+                assert result[1].isnan().all()
+                assert result[[0, 2]].isfinite().all()
+            else:
+                assert result.isnan().all()
 
 
 @pytest.mark.parametrize("op", OPS, **IDS)
