@@ -7,7 +7,7 @@
 //
 // One read is not faster yet: clusters that keep whole rows in shared memory, a slice in each block,
 // wait for the sum of every row. On an H200 they reached 0.34 of copy bandwidth for (8192, 50257)
-// float32 and 0.17 for bfloat16.
+// float32 and 0.17 for bfloat16; two reads reach 0.37 and 0.21 of what one takes.
 #include <algorithm>
 
 #include "row_kernel.cuh"
