@@ -161,9 +161,9 @@ def test_reductions(reduction: str) -> None:
 
 def test_labels_are_drawn_by_inversion() -> None:
     z = logits()
-    seed = torch.tensor([99])
+    seed = torch.tensor([99, 5])
     labels, gradient = reference.softmax_fisher_sample(z, seed)
-    u = reference.philox_uniform(seed, torch.arange(T))
+    u = reference.philox_uniform(seed[0], 5 + torch.arange(T))
     cumulative = torch.softmax(z, -1).cumsum(-1)
     expected = [int((row <= x).sum()) for row, x in zip(cumulative, u, strict=True)]
     assert labels.tolist() == expected

@@ -18,7 +18,8 @@
                       int64_t begin, int64_t end);                                                 \
   void gradient(const SoftmaxFisher&, const int64_t* labels, Rows out, int64_t begin,              \
                 int64_t end);                                                                      \
-  void sample(const SoftmaxFisher&, int64_t seed, int64_t* labels, Rows out, int64_t begin,        \
+  /* seed: key, and index of the first token */                                                    \
+  void sample(const SoftmaxFisher&, const int64_t* seed, int64_t* labels, Rows out, int64_t begin, \
               int64_t end);                                                                        \
   /* the tokens [begin, end) into one row of partial sums [V], all of which is written */          \
   void probabilities_sum(const SoftmaxFisher&, void* partial, void* reference, void* unit,         \

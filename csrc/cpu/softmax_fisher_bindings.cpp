@@ -172,7 +172,7 @@ void gradient(const Tensor& logits, const Tensor& labels, const Optional& weight
 void sample(const Tensor& logits, const Tensor& seed, const Optional& weights,
             const Optional& logsumexp, double temperature, Tensor labels, Tensor out) {
   auto f = problem_of(logits, weights, {}, logsumexp, temperature);
-  const int64_t key = *static_cast<const int64_t*>(flat_of(seed, logits, 1, "seed", ScalarType::Long));
+  const auto* key = static_cast<const int64_t*>(flat_of(seed, logits, 2, "seed", ScalarType::Long));
   auto* y = static_cast<int64_t*>(
       flat_of(labels, logits, f.batches * f.tokens, "labels", ScalarType::Long));
   const Rows to = destination(f, out, logits);

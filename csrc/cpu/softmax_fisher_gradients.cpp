@@ -85,8 +85,8 @@ int64_t invert(const A* e, int64_t classes, const std::vector<double>& block_mas
 }
 
 template <class T>
-void sample_of(const SoftmaxFisher& f, int64_t seed, int64_t* labels, Rows out, int64_t begin,
-               int64_t end) {
+void sample_of(const SoftmaxFisher& f, const int64_t* seed, int64_t* labels, Rows out,
+               int64_t begin, int64_t end) {
   using A = Acc<T>;
   const int64_t V = f.classes;
   const Exponential<A> exponential(f.temperature);
@@ -106,7 +106,7 @@ void sample_of(const SoftmaxFisher& f, int64_t seed, int64_t* labels, Rows out, 
       fill_row(to, V, std::numeric_limits<A>::quiet_NaN());
       continue;
     }
-    labels[token] = invert(e, V, block_mass, philox_uniform(seed, token));
+    labels[token] = invert(e, V, block_mass, philox_uniform(seed[0], seed[1] + token));
     const auto p = distribution<T>(f, token, sums);
     write_gradient<T>(f, p, e, sums.star, labels[token], w, to);
   }
@@ -117,7 +117,7 @@ void sample_of(const SoftmaxFisher& f, int64_t seed, int64_t* labels, Rows out, 
 void gradient(const SoftmaxFisher& f, const int64_t* labels, Rows out, int64_t begin, int64_t end) {
   FISHERKERN_FOR_DTYPE(f, gradient_of, labels, out, begin, end)
 }
-void sample(const SoftmaxFisher& f, int64_t seed, int64_t* labels, Rows out, int64_t begin,
+void sample(const SoftmaxFisher& f, const int64_t* seed, int64_t* labels, Rows out, int64_t begin,
             int64_t end) {
   FISHERKERN_FOR_DTYPE(f, sample_of, seed, labels, out, begin, end)
 }

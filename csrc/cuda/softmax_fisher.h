@@ -48,7 +48,7 @@ int softmax_fisher_stats_backward(const SoftmaxFisher& problem, const float* sta
 // labels [T]; out may be the logits themselves.
 int softmax_fisher_gradient(const SoftmaxFisher& problem, const int64_t* labels, Rows out,
                             void* workspace, void* stream);
-// seed: one int64 on the device; out may be the logits themselves.
+// seed: key and index of the first token, int64 on the device; out may be the logits themselves.
 int softmax_fisher_sample(const SoftmaxFisher& problem, const int64_t* seed, int64_t* labels,
                           Rows out, void* workspace, void* stream);
 

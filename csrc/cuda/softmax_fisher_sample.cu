@@ -223,7 +223,8 @@ __global__ void __launch_bounds__(kTeamThreads, kResident ? 4 : 2)
 
   int label = kNone;
   if (!isnan(sums.total(exponent) + sums.s))  // the same for the whole team
-    label = draw(team, logits, exponent, chunks, sums, philox_uniform(*seed, token), scratch);
+    label = draw(team, logits, exponent, chunks, sums, philox_uniform(seed[0], seed[1] + token),
+                 scratch);
   team.done_reading();
   if (threadIdx.x == 0 && team.rank == 0) labels[token] = label == kNone ? kIgnoreIndex : label;
 

@@ -11,7 +11,7 @@ directions [B, S, K, V], strides (any, any, any, 1)
 per token  weights, logsumexp, mask (bool), labels (int64), stats [T, 5], scalars [T], [T, K, K]:
            contiguous, in the accumulation dtype (float32; float64 for float64 logits)
 per class  [V], contiguous, accumulation dtype
-seed       int64, one element
+seed       int64 [2]: the key, and the index of the first token among those that share the key
 ========== ===================================================================================
 activation x, g: [B, S, H, d] or without heads [B, S, d], strides (any, .., 1), dtypes as for rows
 factor     [H, D, D] or [d_out, D], strides (any, any, 1), float32 or float64; D = d, or d + 1 with

@@ -64,3 +64,9 @@ def check_disjoint(
         first, last = _extent(value)
         if start < last and first < stop:
             raise ValueError(f"{name} overlaps {other} in memory; pass a separate tensor{hint}")
+
+
+def sampling_seed(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """A key from the generator, and 0, the index of the first token."""
+    key = torch.randint(2**63 - 1, (1,), device=x.device, generator=generator)
+    return torch.nn.functional.pad(key, (0, 1))

@@ -282,14 +282,15 @@ def softmax_fisher_sample(
 ) -> tuple[Tensor, Tensor]:
     """Labels y ~ p by inversion of the cumulative sum, and w (p − e_y) / τ.
 
-    y is the least class whose cumulative probability exceeds ``philox_uniform(seed, token)``.
+    y is the least class whose cumulative probability exceeds ``philox_uniform(seed[0], seed[1] +
+    token)``: of a key, and the index of the first token among those that share it.
     Masked tokens and rows without a distribution (NaN) have label −100.
     """
     w = token_weights(logits, mask, weights)
     p = torch.softmax(_scaled_logits(logits, temperature, w), -1)
     cumulative = p.cumsum(-1)
     tokens = torch.arange(logits.shape[:-1].numel(), device=logits.device)
-    u = philox_uniform(seed, tokens).view(logits.shape[:-1])
+    u = philox_uniform(seed[0], seed[1] + tokens).view(logits.shape[:-1])
     target = u * cumulative[..., -1]
     labels = (cumulative <= target[..., None]).sum(-1)
     labels = torch.where(target.isnan(), IGNORE_INDEX, labels)

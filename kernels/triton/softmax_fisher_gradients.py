@@ -141,8 +141,10 @@ def softmax_fisher_gradient(
 @triton.jit
 def philox_uniform(seed, index):
     """One float64 in [0, 1) from 53 bits of Philox-4x32-10, as `reference.philox_uniform`."""
-    zero = tl.zeros_like(index)
-    high, low, _, _ = tl.philox(seed, index, zero, zero, zero)
+    # counters of 64 bits would select another generator
+    first, second = index.to(tl.uint32), (index >> 32).to(tl.uint32)
+    zero = tl.zeros_like(first)
+    high, low, _, _ = tl.philox(seed, first, second, zero, zero)
     high = (high >> 5).to(tl.float64)
     low = (low >> 6).to(tl.float64)
     return (high * 67108864.0 + low) * (1.0 / 9007199254740992.0)
@@ -204,7 +206,8 @@ def sample_kernel(
 
     # the tile of the target, and what lies before it
     cumulative = tl.cumsum(sums.to(tl.float64), 0)
-    target = philox_uniform(tl.load(seed_ptr), token) * tl.max(cumulative, 0)
+    index = tl.load(seed_ptr + 1) + token
+    target = philox_uniform(tl.load(seed_ptr), index) * tl.max(cumulative, 0)
     chosen = tl.sum(tl.where(cumulative <= target, 1, 0), 0)
     # rounding must not lead past the last tile that has any probability
     chosen = tl.minimum(chosen, tl.max(tl.where(sums > 0, tile, 0), 0))

@@ -27,7 +27,7 @@ def raw_arguments(dtype: torch.dtype) -> dict[str, tuple[Any, dict[str, Tensor]]
     w = torch.tensor([0.5, 0.0, 2.0, 1.0], dtype=torch.float64, device=DEVICE)
     w = w if dtype == torch.float64 else w.float()
     valid = w != 0
-    seed = torch.tensor([11], device=DEVICE)
+    seed = torch.tensor([11, 0], device=DEVICE)
     labels = torch.tensor([0, -100, 8, 3], device=DEVICE)
     stats = RAW.softmax_fisher_stats(rows(0), None, None, 1.0)
     per_class = torch.zeros(V, dtype=w.dtype, device=DEVICE)

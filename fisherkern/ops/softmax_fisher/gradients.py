@@ -12,7 +12,7 @@ from fisherkern import checks
 from fisherkern.ops._kernels import kernels
 from fisherkern.ops._library import define, differentiable
 from fisherkern.ops._rows import token_rows, write_back
-from fisherkern.ops._values import check_disjoint, check_labels
+from fisherkern.ops._values import check_disjoint, check_labels, sampling_seed
 from fisherkern.ops.softmax_fisher._common import check_tokens, flat, row_output
 from fisherkern.ops.softmax_fisher.products import matvec
 from fisherkern.reference import IGNORE_INDEX, accumulation_dtype
@@ -315,13 +315,6 @@ def softmax_fisher_gradient_(
     return z
 
 
-def _seed(z: Tensor, generator: object) -> Tensor:
-    source = checks.generator(generator, z)
-    if source is None:
-        return torch.randint(2**63 - 1, (1,), device=z.device)
-    return torch.randint(2**63 - 1, (1,), device=z.device, generator=source)
-
-
 def softmax_fisher_sample(
     logits: Tensor,
     generator: torch.Generator | None = None,
@@ -368,7 +361,7 @@ def softmax_fisher_sample(
     if out is not None:
         checks.out(out, z.shape, z.dtype, {"logits": z})
     w, lse, tau = check_tokens(z, temperature, mask, weights, logsumexp)
-    seed = _seed(z, generator)
+    seed = sampling_seed(z, checks.generator(generator, z))
     if out is None:
         return SoftmaxFisherSample(*_sample_op(z, seed, w, lse, tau))
     return SoftmaxFisherSample(_sample_out_op(z, seed, w, lse, tau, out=out), out)
@@ -409,5 +402,5 @@ def softmax_fisher_sample_(
     z = checks.overwritable(logits)
     checks.classes(z, "softmax_fisher_sample_")
     w, lse, tau = check_tokens(z, temperature, mask, weights, logsumexp)
-    labels = _sample_inplace_op(z, _seed(z, generator), w, lse, tau)
+    labels = _sample_inplace_op(z, sampling_seed(z, checks.generator(generator, z)), w, lse, tau)
     return SoftmaxFisherSample(labels, z)
