@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 export MAX_JOBS ?= $(JOBS)
 PYTEST := $(BIN)/python -m pytest -q
 # what runs on every back end
-OP_TESTS := tests/softmax_fisher tests/covariance tests/operators
+OP_TESTS := tests/softmax_fisher tests/head_fisher tests/covariance tests/operators
 
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py')
 

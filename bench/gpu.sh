@@ -21,13 +21,14 @@ $run -m fisherkern.info | tee "$OUT/info.txt"
 
 status=0
 FISHERKERN_TEST_DEVICE=cuda FISHERKERN_TEST_BACKENDS=triton,cuda,reference \
-  $run -m pytest -q --maxfail=40 -n "$MAX_JOBS" --dist worksteal tests/softmax_fisher tests/covariance tests/operators 2>&1 | tee "$OUT/tests.log" || status=1
+  $run -m pytest -q --maxfail=40 -n "$MAX_JOBS" --dist worksteal tests/softmax_fisher tests/head_fisher \
+    tests/covariance tests/operators 2>&1 | tee "$OUT/tests.log" || status=1
 if command -v compute-sanitizer >/dev/null; then
   FISHERKERN_TEST_DEVICE=cuda FISHERKERN_TEST_BACKENDS=triton,cuda \
     compute-sanitizer --error-exitcode 9 $run -m pytest -q tests/softmax_fisher/test_truth.py \
     tests/covariance/test_truth.py -k '127 and dtype1' 2>&1 | tee "$OUT/sanitizer.log" || status=1
 fi
-for family in softmax_fisher covariance softmax_operator; do
+for family in softmax_fisher covariance softmax_operator head_fisher; do
   mkdir -p "$OUT/$family"
   $run -m fisherkern.bench $family --device cuda --plots --output "$OUT/$family" \
     2>&1 | tee "$OUT/$family/report.txt" || status=1

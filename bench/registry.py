@@ -247,7 +247,7 @@ class Provider:
 
 
 _families: dict[str, Family] = {}
-MODULES = ("softmax_fisher", "covariance", "softmax_operator")
+MODULES = ("softmax_fisher", "covariance", "softmax_operator", "head_fisher")
 
 
 def register(family: Family) -> Family:

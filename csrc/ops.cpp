@@ -47,6 +47,11 @@ STABLE_TORCH_LIBRARY(fisherkern_native, m) {
         "int first_token, Tensor(a!) panel) -> ()");
   m.def("factor_update(Tensor tile, Tensor alpha, float beta, int first_row, int first_column, "
         "bool lower, bool squares, Tensor(a!) factor) -> ()");
+  // CPU alone: elsewhere the products of torch, see ops/_head_products.py
+  m.def("head_logits(Tensor hidden, Tensor weight, Tensor? bias, float? softcap, Tensor(a!) out) "
+        "-> ()");
+  m.def("head_pull(Tensor rows, Tensor weight, Tensor(a!) out) -> ()");
+  m.def("head_squares(Tensor rows, Tensor hidden, float beta, Tensor(a!) out) -> ()");
 #undef FISHERKERN_VECTOR
 #undef FISHERKERN_SCALAR
 }

@@ -3,7 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from fisherkern.backends import BackendUnavailableError, available, backend
-from fisherkern.operators import EmpiricalFisher, SoftmaxFisher
+from fisherkern.operators import EmpiricalFisher, HeadFisher, SoftmaxFisher
 from fisherkern.ops.covariance import (
     convolution_covariance_update_,
     covariance,
@@ -12,6 +12,19 @@ from fisherkern.ops.covariance import (
     embedding_counts,
     mirror_,
     squared_gradient_update_,
+)
+from fisherkern.ops.head_fisher import (
+    HeadFisherSample,
+    HeadFisherStats,
+    HeadFisherWeightDiagonal,
+    head_fisher_gram,
+    head_fisher_matvec,
+    head_fisher_mean_probs,
+    head_fisher_pullback,
+    head_fisher_pullback_root,
+    head_fisher_sample,
+    head_fisher_stats,
+    head_fisher_weight_diagonal,
 )
 from fisherkern.ops.softmax_fisher import (
     SoftmaxFisherSample,
@@ -41,6 +54,10 @@ except PackageNotFoundError:  # a source tree that was never installed
 __all__ = [
     "BackendUnavailableError",
     "EmpiricalFisher",
+    "HeadFisher",
+    "HeadFisherSample",
+    "HeadFisherStats",
+    "HeadFisherWeightDiagonal",
     "SoftmaxFisher",
     "SoftmaxFisherSample",
     "SoftmaxFisherStats",
@@ -51,6 +68,14 @@ __all__ = [
     "covariance_update_",
     "cross_covariance",
     "embedding_counts",
+    "head_fisher_gram",
+    "head_fisher_matvec",
+    "head_fisher_mean_probs",
+    "head_fisher_pullback",
+    "head_fisher_pullback_root",
+    "head_fisher_sample",
+    "head_fisher_stats",
+    "head_fisher_weight_diagonal",
     "mirror_",
     "softmax_fisher_diagonal",
     "softmax_fisher_expand",

@@ -49,11 +49,11 @@ def classes(z: Tensor, purpose: str) -> None:
         raise ValueError(f"logits has shape {_shape(z)}, no classes; {purpose} needs V >= 1")
 
 
-def same_device_and_dtype(name: str, value: Tensor, z: Tensor) -> None:
-    """A row operand shares the dtype and device of the logits."""
-    device(name, value, z)
+def same_device_and_dtype(name: str, value: Tensor, z: Tensor, of: str = "logits") -> None:
+    """Same device and dtype as the operand named `of`."""
+    device(name, value, z, of)
     if value.dtype != z.dtype:
-        raise TypeError(f"{name} has dtype {value.dtype}; expected that of logits, {z.dtype}")
+        raise TypeError(f"{name} has dtype {value.dtype}; expected that of {of}, {z.dtype}")
 
 
 def device(name: str, value: Tensor, z: Tensor, of: str = "logits") -> None:
@@ -62,13 +62,13 @@ def device(name: str, value: Tensor, z: Tensor, of: str = "logits") -> None:
         raise ValueError(f"{name} is on {value.device}; expected the device of {of}, {z.device}")
 
 
-def rows(name: str, value: object, z: Tensor) -> Tensor:
+def rows(name: str, value: object, z: Tensor, of: str = "logits") -> Tensor:
     """A tensor of the shape of the logits, or [V] for all tokens alike (expanded, not copied)."""
     v = tensor(name, value)
-    same_device_and_dtype(name, v, z)
+    same_device_and_dtype(name, v, z, of)
     if v.shape != z.shape and v.shape != z.shape[-1:]:
         raise ValueError(
-            f"{name} has shape {_shape(v)}; expected {_shape(z)} (the shape of logits) "
+            f"{name} has shape {_shape(v)}; expected {_shape(z)} (the shape of {of}) "
             f"or [{z.shape[-1]}]"
         )
     return v.expand(z.shape)
@@ -288,9 +288,7 @@ def activations(name: str, value: object, dims: int = 2) -> Tensor:
 def paired(name: str, value: object, x: Tensor, of: str = "x") -> Tensor:
     """Activations of the leading shape, dtype and device of x."""
     g = activations(name, value, x.ndim)
-    device(name, g, x, of)
-    if g.dtype != x.dtype:
-        raise TypeError(f"{name} has dtype {g.dtype}; expected that of {of}, {x.dtype}")
+    same_device_and_dtype(name, g, x, of)
     if g.shape[:-1] != x.shape[:-1]:
         raise ValueError(
             f"{name} has shape {_shape(g)}; expected the leading shape of {of} {_shape(x)}"
@@ -328,12 +326,38 @@ def number(name: str, value: object, least: float, most: float) -> float:
     return float(value)
 
 
+def positive(name: str, value: object) -> float:
+    """A finite number above zero."""
+    x = number(name, value, 0.0, math.inf)
+    if x == 0:
+        raise ValueError(f"{name} is 0; allowed are numbers > 0")
+    return x
+
+
 def damping(value: object) -> float:
     """A finite number above zero."""
-    lam = number("damping", value, 0.0, math.inf)
-    if lam == 0:
-        raise ValueError("damping is 0; allowed are numbers > 0")
-    return lam
+    return positive("damping", value)
+
+
+def head_weight(value: object, h: Tensor) -> Tensor:
+    """The weight [V, d] of a linear layer from the d of hidden states to at least one class."""
+    W = tensor("weight", value)
+    same_device_and_dtype("weight", W, h, "hidden")
+    if W.ndim != 2 or W.shape[1] != h.shape[-1] or W.shape[0] == 0:
+        raise ValueError(
+            f"weight has shape {_shape(W)}; expected [V, {h.shape[-1]}], V >= 1, for hidden "
+            f"{_shape(h)}"
+        )
+    return W
+
+
+def head_bias(value: object, W: Tensor) -> Tensor:
+    """The bias [V] of a head."""
+    b = tensor("bias", value)
+    same_device_and_dtype("bias", b, W, "weight")
+    if b.shape != W.shape[:1]:
+        raise ValueError(f"bias has shape {_shape(b)}; expected [{W.shape[0]}]")
+    return b
 
 
 def array(name: str, value: object, shape: Sequence[str], dtypes: Sequence[torch.dtype]) -> Tensor:

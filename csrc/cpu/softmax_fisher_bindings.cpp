@@ -91,7 +91,7 @@ void token_sum(Kernel kernel, const Tensor& logits, const Optional& weights,
   const auto f = problem_of(logits, weights, {}, logsumexp, temperature);
   char* to = static_cast<char*>(flat_of(out, logits, f.classes, "out"));
   const int64_t T = f.batches * f.tokens;
-  const int64_t parts = std::clamp<int64_t>(T / 32, 1, 32);
+  const int64_t parts = std::clamp<int64_t>(T / 16, 1, 32);
   const int64_t bytes = f.classes * (f.dtype == DType::float64 ? 8 : 4);
   if (parts == 1) {
     kernel(f, to, 0, T);

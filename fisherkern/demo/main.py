@@ -15,7 +15,7 @@ import torch
 
 import fisherkern
 from fisherkern.backends import select
-from fisherkern.demo import comparisons, factors, findings, model, natural, plot, report, text
+from fisherkern.demo import comparisons, factors, findings, head, model, natural, plot, report, text
 from fisherkern.demo.errors import DemoError
 
 _ALWAYS = ("transformers", "safetensors", "matplotlib", "tqdm")
@@ -89,6 +89,7 @@ def run(arguments: argparse.Namespace) -> None:
     _compare(logits)
     _accumulate(language_model, windows.tokens)
     _precondition(language_model, windows.tokens[0])
+    _without_logits(language_model, windows.tokens[0])
     _tell(findings.find(windows, logits), language_model, title, folder, arguments.top)
     print(f"\ndone in {time.perf_counter() - began:.0f} s")
 
@@ -154,6 +155,16 @@ def _precondition(language_model: model.LanguageModel, tokens: torch.Tensor) -> 
         f"damping {natural.DAMPING:g}\n"
     )
     print(report.natural_gradients(found))
+
+
+def _without_logits(language_model: model.LanguageModel, tokens: torch.Tensor) -> None:
+    """Print what comes from hidden states and the head of the first window."""
+    found = head.measure(language_model.model, tokens)
+    if found is None:
+        return
+    print("\nFrom hidden states and the head, ours beside plain PyTorch, which stores the logits\n")
+    print(report.table(found.rows, "result"))
+    print("\n" + report.head(found))
 
 
 def _tell(

@@ -12,6 +12,7 @@ from fisherkern.demo.comparisons import ERROR_STRIDE, Row
 from fisherkern.demo.factors import DECAY, Factors
 from fisherkern.demo.factors import ERROR_STRIDE as FACTOR_STRIDE
 from fisherkern.demo.findings import Findings, Place
+from fisherkern.demo.head import ERROR_TOKENS, HeadFindings
 from fisherkern.demo.measure import memory_method
 from fisherkern.demo.natural import NaturalGradients
 from fisherkern.demo.spectra import Spectra, Spectrum
@@ -90,6 +91,24 @@ def natural_gradients(found: NaturalGradients) -> str:
         f"{found.classes * found.width * 4 / 2**20:.0f} MiB.",
     ]
     return "\n".join(lines)
+
+
+def head(found: HeadFindings) -> str:
+    """What the figures of the table of the head are, and the exact Fisher of one hidden state."""
+    sizes = (
+        f"{n * found.width * 4 / _MIB:.0f} MiB for {what}"
+        for n, what in ((found.classes, "W and the diagonal of it"), (found.width, "the Fisher"))
+    )
+    logits = found.tokens * found.classes * 4 / _MIB
+    j = found.jacobian
+    return (
+        f"h [{found.tokens}, {found.width}] and W [{found.classes}, {found.width}]: logits would "
+        f"be {logits:.0f} MiB; {', '.join(sizes)}.\nErrors: against float64, on about "
+        f"{ERROR_TOKENS} tokens.\nThe Fisher of one hidden state from the jacobian of "
+        f"{found.classes} log-probabilities by autograd: {j.seconds:.1f} s, error {j.error:.1e}.\n"
+        f"Ours: {j.our_seconds * 1e3:.0f} ms ({j.seconds / j.our_seconds:.0f} times less), error "
+        f"{j.our_error:.1e}"
+    )
 
 
 def spectra(found: Spectra) -> str:

@@ -2,6 +2,7 @@
 
 from fisherkern.operators.compression import Compressed, compress
 from fisherkern.operators.empirical import EmpiricalFisher
+from fisherkern.operators.head import HeadFisher
 from fisherkern.operators.kronecker import Kronecker
 from fisherkern.operators.low_rank import DiagonalMinusLowRank, DiagonalPlusLowRank
 from fisherkern.operators.softmax import SoftmaxFisher
@@ -11,6 +12,7 @@ __all__ = [
     "DiagonalMinusLowRank",
     "DiagonalPlusLowRank",
     "EmpiricalFisher",
+    "HeadFisher",
     "Kronecker",
     "SoftmaxFisher",
     "compress",

@@ -1,4 +1,4 @@
-"""Operators with one column of U per token, made from logits: √(w / N) p / τ, or a change of it."""
+"""Operators with one column of U per token, made of its logits: √(w / N) p / τ, or near it."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _MEMORY = {"cpu": 2 << 30, "cuda": 8 << 30}
 
 
 class Batch(NamedTuple):
-    """Logits [..., V] as they were given, and what panels need per token."""
+    """Logits [..., V], or hidden states [..., d], as given, and what panels need per token."""
 
-    logits: Tensor
+    rows: Tensor
     weights: Tensor | None
     labels: Tensor | None
     reference: Tensor
@@ -51,25 +51,24 @@ class TokenOperator(LowRankOperator):
 
     def __init__(
         self,
-        logits: Tensor,
+        rows: Tensor,
+        classes: int,
         temperature: float,
         reduction: str,
-        workspace: int | None,
+        workspace: int,
         precision: str,
         memory: int | None,
     ) -> None:
         super().__init__()
         self._temperature = checks.temperature(temperature)
         self._reduction = checks.reduction(reduction, ("mean", "sum"))
-        z = checks.logits(logits)
-        checks.classes(z, "an operator")
         self._precision = checks.choice("precision", precision, factor.PRECISIONS)
-        self._workspace = checks.byte_count("workspace", workspace, factor.WORKSPACE, z)
-        self._memory = checks.byte_count("memory", memory, _MEMORY, z)
+        self._workspace = workspace
+        self._memory = checks.byte_count("memory", memory, _MEMORY, rows)
         self._batches: list[Batch] = []
-        self._count = torch.zeros((), dtype=torch.float64, device=z.device)
-        dtype = accumulation_dtype(z.dtype)
-        self._diagonal_part = torch.zeros(z.shape[-1], dtype=dtype, device=z.device)
+        self._count = torch.zeros((), dtype=torch.float64, device=rows.device)
+        dtype = accumulation_dtype(rows.dtype)
+        self._diagonal_part = torch.zeros(classes, dtype=dtype, device=rows.device)
 
     def __repr__(self) -> str:
         """Configuration, without values."""
@@ -88,6 +87,159 @@ class TokenOperator(LowRankOperator):
     def count(self) -> Tensor:
         """N = Σ w, a float64 scalar."""
         return self._count.clone()
+
+    def _add(self, batches: Sequence[Batch], count: Tensor) -> None:
+        """Take over more batches, and the N of all."""
+        self._batches = [*self._batches, *batches]
+        self._count = count
+        factor = torch.ones_like(count)
+        if self._reduction == "mean":
+            factor = torch.where(count == 0, 0.0, 1 / count)
+        # what multiplies sums over tokens, and √w p in a column of U
+        self._factor = factor.to(self.dtype)
+        self._root = factor.sqrt().to(self.dtype) / self._temperature
+        self._damped = None
+
+    def _count_of(self, z: Tensor, w: Tensor | None) -> Tensor | int:
+        return z.shape[:-1].numel() if w is None else w.sum(dtype=torch.float64)
+
+    def _roots(self) -> Tensor:
+        """√(w / N) / τ of all tokens [T]."""
+        return torch.cat([batch.roots for batch in self._batches]) * self._root
+
+    def _columns(self) -> tuple[Any, ...]:
+        """What makes U of logits: the arguments of products with it that follow these."""
+
+        def joined(tensors: Iterable[Tensor]) -> Tensor:
+            return torch.cat([t.flatten() for t in tensors])
+
+        batches = self._batches
+        labels = [b.labels for b in batches if b.labels is not None]
+        at_label = [b.at_label for b in batches if b.at_label is not None]
+        return (
+            joined(b.reference for b in batches),
+            joined(b.unit * b.roots for b in batches) * self._root,
+            joined(labels) if labels else None,
+            joined(at_label) * self._root if at_label else None,
+            self._temperature,
+        )
+
+    def _tiles(self) -> Iterator[tuple[int, int, list[Tensor]]]:
+        """Ranges of classes, and the logits of all tokens for them; they may share their memory."""
+        yield 0, self.shape[0], [batch.rows for batch in self._batches]
+
+    def _token_blocks(self, count: int) -> Iterator[Tensor]:
+        """The logits [t, V] of all tokens, at most `count` at a time."""
+        for batch in self._batches:
+            (rows,) = token_rows(batch.rows.ndim - 1, batch.rows)
+            for part in rows:
+                yield from part.split(count)
+
+    def _project(
+        self, y: Tensor, scale: Tensor | None = None, *, ones: bool = False, gram: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        columns, how = self._columns(), (self._precision, self._workspace)
+        sums: tuple[Tensor, Tensor] | None = None
+        for begin, end, z in self._tiles():
+            s = None if scale is None else scale[begin:end]
+            parts = factor.project(z, *columns, s, y[begin:end], ones, gram, *how)
+            if sums is None:
+                sums = parts
+            else:
+                for total, part in zip(sums, parts, strict=True):
+                    total += part
+        assert sums is not None
+        return sums
+
+    def _expand(
+        self,
+        c: Tensor,
+        scale: Tensor | None,
+        alpha: float,
+        y: Tensor,
+        y_scale: Tensor | None,
+        out: Tensor,
+    ) -> None:
+        columns, how = self._columns(), (self._precision, self._workspace)
+        for begin, end, z in self._tiles():
+            s, t = (None if x is None else x[begin:end] for x in (scale, y_scale))
+            operands = (*columns, s, c, alpha, y[begin:end], t, *how)
+            factor.expand_into(out[begin:end], z, *operands)
+
+    def _panels(self, width: int, scale: Tensor | None = None) -> Iterator[tuple[int, int, Tensor]]:
+        columns = self._columns()
+        for begin, end, logits in self._tiles():
+            z = [token_rows(x.ndim - 1, x)[0] for x in logits if x.numel()]
+            if not z:
+                yield begin, end, self._diagonal_part.new_empty(end - begin, 0)
+                continue
+            u = Factor(kernels(z[0]), z, *columns)
+            s = None if scale is None else scale[begin:end]
+            for first, last, panel in u.panels(width, self._workspace, s, by_class=True):
+                yield begin + first, begin + last, panel
+
+    def _column_blocks(self, count: int) -> Iterator[Tensor]:
+        reference, unit, labels, at_label, temperature = self._columns()
+        memory = self._diagonal_part.new_empty(self.shape[0] * count)
+        first = 0
+        for z in self._token_blocks(count):
+            last = first + z.shape[0]
+            here = slice(first, last)
+            u = Factor(
+                kernels(z),
+                [z[None]],
+                reference[here],
+                unit[here],
+                None if labels is None else labels[here],
+                None if at_label is None else at_label[here],
+                temperature,
+            )
+            block = memory[: self.shape[0] * (last - first)].view(-1, last - first)
+            u.fill(block, 0, self.shape[0], None, True)
+            yield block
+            first = last
+
+    @abstractmethod
+    def _take_over(self, shard: Self) -> None:
+        """Add the tokens of another operator that is like this one."""
+
+    def _is_like(self, shard: Self) -> bool:
+        return all(getattr(shard, name) == getattr(self, name) for name in self._ALIKE)
+
+    @classmethod
+    def merge(cls, shards: Sequence[Self]) -> Self:
+        """The operator of the union of the tokens, as if it were one batch.
+
+        Raises:
+            ValueError: no shards, or shards of different configuration, V, dtype or device.
+        """
+        if not shards:
+            raise ValueError(f"shards is empty; expected at least one {cls.__name__}")
+        first, *others = shards
+        merged = copy(first)
+        for shard in others:
+            if not first._is_like(shard):
+                raise ValueError(f"shards holds {shard!r} and {first!r}; they must be alike")
+            merged._take_over(shard)
+        return merged
+
+
+class LogitsOperator(TokenOperator):
+    """One whose logits are given."""
+
+    def __init__(
+        self,
+        logits: Tensor,
+        temperature: float,
+        reduction: str,
+        workspace: int | None,
+        precision: str,
+        memory: int | None,
+    ) -> None:
+        z = checks.logits(logits)
+        checks.classes(z, "an operator")
+        limit = checks.byte_count("workspace", workspace, factor.WORKSPACE, z)
+        super().__init__(z, z.shape[-1], temperature, reduction, limit, precision, memory)
 
     def _checked(
         self, logits: object, mask: object, weights: object, logsumexp: object
@@ -111,119 +263,10 @@ class TokenOperator(LowRankOperator):
         roots = torch.ones_like(unit) if w is None else w.sqrt().flatten()
         return Batch(z, w, labels, reference, unit, roots), sums
 
-    def _add(self, batches: Sequence[Batch], count: Tensor) -> None:
-        """Take over more batches, and the N of all."""
-        self._batches = [*self._batches, *batches]
-        self._count = count
-        factor = torch.ones_like(count)
-        if self._reduction == "mean":
-            factor = torch.where(count == 0, 0.0, 1 / count)
-        # what multiplies sums over tokens, and √w p in a column of U
-        self._factor = factor.to(self.dtype)
-        self._root = factor.sqrt().to(self.dtype) / self._temperature
-        self._damped = None
-
-    def _count_of(self, z: Tensor, w: Tensor | None) -> Tensor | int:
-        return z.shape[:-1].numel() if w is None else w.sum(dtype=torch.float64)
-
-    def _roots(self) -> Tensor:
-        """√(w / N) / τ of all tokens [T]."""
-        return torch.cat([batch.roots for batch in self._batches]) * self._root
-
-    def _columns(self) -> tuple[Any, ...]:
-        """What makes U: the first arguments of the products with it."""
-
-        def joined(tensors: Iterable[Tensor]) -> Tensor:
-            return torch.cat([t.flatten() for t in tensors])
-
-        batches = self._batches
-        labels = [b.labels for b in batches if b.labels is not None]
-        at_label = [b.at_label for b in batches if b.at_label is not None]
-        return (
-            [b.logits for b in batches],
-            joined(b.reference for b in batches),
-            joined(b.unit * b.roots for b in batches) * self._root,
-            joined(labels) if labels else None,
-            joined(at_label) * self._root if at_label else None,
-            self._temperature,
-        )
-
-    def _project(
-        self, y: Tensor, scale: Tensor | None = None, *, ones: bool = False, gram: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        how = (self._precision, self._workspace)
-        return factor.project(*self._columns(), scale, y, ones, gram, *how)
-
-    def _expand(
-        self,
-        c: Tensor,
-        scale: Tensor | None,
-        alpha: float,
-        y: Tensor,
-        y_scale: Tensor | None,
-        out: Tensor,
-    ) -> None:
-        how = (self._precision, self._workspace)
-        operands = (*self._columns(), scale, c, alpha, y, y_scale, *how)
-        factor.expand_into(out, *operands)
-
-    def _panels(self, width: int, scale: Tensor | None = None) -> Iterator[tuple[int, int, Tensor]]:
-        logits, *rest = self._columns()
-        z = [token_rows(x.ndim - 1, x)[0] for x in logits if x.numel()]
-        if not z:
-            yield 0, self.shape[0], self._diagonal_part.new_empty(self.shape[0], 0)
-            return
-        u = Factor(kernels(z[0]), z, *rest)
-        yield from u.panels(width, self._workspace, scale, by_class=True)
-
-    def _column_blocks(self, count: int) -> Iterator[Tensor]:
-        logits, reference, unit, labels, at_label, temperature = self._columns()
-        memory = self._diagonal_part.new_empty(self.shape[0] * count)
-        first = 0
-        for z in logits:
-            (rows,) = token_rows(z.ndim - 1, z)
-            for part in (s for batch in rows for s in batch.split(count)):
-                last = first + part.shape[0]
-                here = slice(first, last)
-                u = Factor(
-                    kernels(z),
-                    [part[None]],
-                    reference[here],
-                    unit[here],
-                    None if labels is None else labels[here],
-                    None if at_label is None else at_label[here],
-                    temperature,
-                )
-                block = memory[: self.shape[0] * (last - first)].view(-1, last - first)
-                u.fill(block, 0, self.shape[0], None, True)
-                yield block
-                first = last
-
-    @abstractmethod
-    def _take_over(self, shard: Self) -> None:
-        """Add the tokens of another operator that is like this one."""
-
-    @classmethod
-    def merge(cls, shards: Sequence[Self]) -> Self:
-        """The operator of the union of the tokens, as if it were one batch.
-
-        Raises:
-            ValueError: no shards, or shards of different configuration, V, dtype or device.
-        """
-        if not shards:
-            raise ValueError(f"shards is empty; expected at least one {cls.__name__}")
-        first, *others = shards
-        merged = copy(first)
-        for shard in others:
-            if any(getattr(shard, name) != getattr(first, name) for name in cls._ALIKE):
-                raise ValueError(f"shards holds {shard!r} and {first!r}; they must be alike")
-            merged._take_over(shard)
-        return merged
-
     def state_dict(self) -> dict[str, Any]:
         """Logits, weights, labels and configuration of all batches, for torch.save."""
         return {
-            "logits": [batch.logits for batch in self._batches],
+            "logits": [batch.rows for batch in self._batches],
             "weights": [batch.weights for batch in self._batches],
             "labels": [batch.labels for batch in self._batches],
             "temperature": self._temperature,

@@ -12,7 +12,7 @@ from fisherkern import checks
 from fisherkern.operators import _capacitance
 from fisherkern.operators._capacitance import Capacitance
 from fisherkern.operators._iterative import Product
-from fisherkern.operators._tokens import Batch, TokenOperator
+from fisherkern.operators._tokens import Batch, LogitsOperator
 from fisherkern.operators.compression import compress
 from fisherkern.ops._values import check_labels
 from fisherkern.ops.softmax_fisher import factor
@@ -22,7 +22,7 @@ from fisherkern.reference import IGNORE_INDEX
 _SKETCH = 256
 
 
-class EmpiricalFisher(TokenOperator):
+class EmpiricalFisher(LogitsOperator):
     """(1 / N) Σ w_t g_t g_tᵀ with g_t = (p_t − e_y) / τ, the gradient of the loss at label y_t.
 
     Not the Fisher, whose labels follow the model: it depends on how well the model fits the labels
@@ -54,7 +54,7 @@ class EmpiricalFisher(TokenOperator):
 
     _sign = 1
     _has_diagonal = False
-    _ALIKE = (*TokenOperator._ALIKE, "_ignore_index")
+    _ALIKE = (*LogitsOperator._ALIKE, "_ignore_index")
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ class EmpiricalFisher(TokenOperator):
         """1 − p of the labels [T], summed from the other classes: where p is 1 it would cancel."""
         none = self._diagonal_part.new_empty(self.shape[0], 0)
         sums, _ = factor.project(
-            [batch.logits],
+            [batch.rows],
             batch.reference,
             batch.unit,
             labels,

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fisherkern import checks
-from fisherkern.operators import _capacitance
-from fisherkern.operators._capacitance import Capacitance
-from fisherkern.operators._tokens import TokenOperator
-from fisherkern.ops.softmax_fisher import (
-    softmax_fisher_diagonal,
-    softmax_fisher_sample,
-    softmax_fisher_trace,
-)
+from fisherkern.operators._mean import MeanFisher
+from fisherkern.operators._tokens import LogitsOperator
 
 
-class SoftmaxFisher(TokenOperator):
+class SoftmaxFisher(MeanFisher, LogitsOperator):
     """The Fisher of the logits, averaged over tokens: F̄ = (1 / N) Σ w_t (diag p_t − p_t p_tᵀ) / τ².
 
     An operator on [V] that is never formed: a diagonal D̄ / τ² less U Uᵀ of one column per token,
@@ -54,8 +47,6 @@ class SoftmaxFisher(TokenOperator):
     True
     """
 
-    _sign = -1
-
     def __init__(
         self,
         logits: Tensor,
@@ -70,7 +61,6 @@ class SoftmaxFisher(TokenOperator):
         memory: int | None = None,
     ) -> None:
         super().__init__(logits, temperature, reduction, workspace, precision, memory)
-        self._sum = torch.zeros_like(self._diagonal_part)  # Σ w p
         self.update(logits, mask=mask, weights=weights, logsumexp=logsumexp)
 
     def update(
@@ -89,70 +79,20 @@ class SoftmaxFisher(TokenOperator):
         """
         z, w, lse = self._checked(logits, mask, weights, logsumexp)
         batch, sums = self._batch(z, w, lse, None)
-        self._sum = self._sum + sums
-        self._add([batch], self._count + self._count_of(z, w))
-        self._diagonal_part = self._sum * (self._factor / self._temperature**2)
+        self._join([batch], self._count_of(z, w), sums)
 
-    def _take_over(self, shard: SoftmaxFisher) -> None:
-        self._sum = self._sum + shard._sum
-        self._add(shard._batches, self._count + shard._count)
-        self._diagonal_part = self._sum * (self._factor / self._temperature**2)
+    def _logits(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        yield from ((batch.rows, batch.weights) for batch in self._batches)
 
-    def _capacitance(self, gram: Tensor, sums: Tensor, damping: float) -> Capacitance:
-        return _capacitance.of_softmax(gram, self._roots(), damping * sums)
-
-    def _centred(self, x: Tensor) -> Tensor:
-        # F 1 = 0: without the mean under D̄ there is less to cancel
-        total = self._sum.sum()
-        return x - (self._sum @ x) / torch.where(total == 0, 1.0, total)
-
-    def diagonal(self) -> Tensor:
-        """The diagonal Σ w p (1 − p) / (N τ²) [V]."""
-        return self._factor * self._sum_over_batches(softmax_fisher_diagonal)
-
-    def trace(self) -> Tensor:
-        """The trace Σ w Σ p (1 − p) / (N τ²), a scalar."""
-        return self._factor * self._sum_over_batches(softmax_fisher_trace)
-
-    def _sum_over_batches(self, op: Any) -> Tensor:
-        sums = [
-            op(b.logits, weights=b.weights, temperature=self._temperature, reduction="sum")
-            for b in self._batches
-        ]
-        return torch.stack(sums).sum(0)
-
-    def sample(self, count: int, generator: torch.Generator | None = None) -> Tensor:
-        """Gradients of sampled labels, g = (p − e_y) / τ, whose second moment is the operator.
-
-        Tokens are drawn in proportion to their weights, then y ~ p (type-mc).
-
-        Args:
-            count: how many.
-            generator: of the device of the operator.
-
-        Returns:
-            [count, V], E[g gᵀ] = F̄; times √N for a sum.
-
-        Raises:
-            TypeError, ValueError: an argument of the wrong type or value, or no token counts.
-        """
-        if checks.integer("count", count) < 0:
-            raise ValueError(f"count is {count}; expected an int >= 0")
-        weights = torch.cat([batch.roots.double().square() for batch in self._batches])
-        if not bool(weights.sum() > 0):
-            raise ValueError("the operator has no token that counts: none can be drawn")
-        drawn = torch.multinomial(weights, count, replacement=True, generator=generator)
-        rows = torch.empty(count, self.shape[0], dtype=self.dtype, device=self.device)
+    def _logits_of(self, tokens: Tensor) -> Tensor:
+        out = torch.empty(len(tokens), self.shape[0], dtype=self.dtype, device=self.device)
         first = 0
         for batch in self._batches:
-            here = (drawn >= first) & (drawn < first + batch.tokens)
-            flat = batch.logits.reshape(batch.tokens, self.shape[0])
-            rows[here] = flat[drawn[here] - first].to(self.dtype)
+            here = (tokens >= first) & (tokens < first + batch.tokens)
+            flat = batch.rows.reshape(batch.tokens, self.shape[0])
+            out[here] = flat[tokens[here] - first].to(self.dtype)
             first += batch.tokens
-        gradients = softmax_fisher_sample(rows, generator, temperature=self._temperature).gradients
-        return (
-            gradients * self._count.sqrt().to(self.dtype) if self._reduction == "sum" else gradients
-        )
+        return out
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> SoftmaxFisher:

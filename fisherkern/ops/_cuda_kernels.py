@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fisherkern.ops import _head_products
 from fisherkern.ops._panel_products import Factor
 
 # Bytes of panels and a tile together, where MIN_TOKENS fit.
@@ -279,6 +280,10 @@ def _summed(native: Any, left: _Operand, right: _Operand, chunk: int, precision:
 
 class Kernels:
     """The functions of ``_reference_kernels.py`` over the ops of the extension."""
+
+    head_logits = staticmethod(_head_products.head_logits)
+    head_pull = staticmethod(_head_products.head_pull)
+    head_squares = staticmethod(_head_products.head_squares)
 
     def __init__(self, native: Any) -> None:
         self._native = native

@@ -19,6 +19,9 @@ factor     [H, D, D] or [d_out, D], strides (any, any, 1), float32 or float64; D
 alpha      [1], dtype of the factor; ``beta`` a float: factor ← beta · factor + alpha · Σ, where a
            beta of zero does not read the factor
 ========== ===================================================================================
+head       hidden [T, d], weight [V, d], strides (any, 1), one dtype for both as for rows; bias [V]
+           of any stride; results and what they are made of in the accumulation dtype
+========== ===================================================================================
 
 Products with the factor U of several batches take a list of logits, whose tokens are counted
 through in ``reference``, ``unit``, ``labels`` and ``at_label`` [T]; a block of columns, y [V, K] or

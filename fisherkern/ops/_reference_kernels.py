@@ -371,3 +371,22 @@ def _add(factor: Tensor, c: Tensor, alpha: Tensor, beta: float, where: Tensor) -
     if beta:
         new = beta * factor.double() + new
     factor.copy_(torch.where(where, new, factor.double()))
+
+
+def head_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, out: Tensor
+) -> None:
+    """Out [T, V] = c tanh((h Wᵀ + b) / c), without a soft-cap c: h Wᵀ + b."""
+    z, _ = reference.head_logits(hidden, weight, bias, softcap)
+    out.copy_(z)
+
+
+def head_pull(rows: Tensor, weight: Tensor, out: Tensor) -> None:
+    """Out [T, d] = rows [T, V] times W [V, d]."""
+    out.copy_(rows.double() @ weight.double())
+
+
+def head_squares(rows: Tensor, hidden: Tensor, beta: float, out: Tensor) -> None:
+    """Out [V, d] = β out + the transpose of rows [T, V] times h² [T, d]."""
+    product = rows.double().mT @ hidden.double().square()
+    out.copy_(product + beta * out.double() if beta else product)

@@ -13,6 +13,18 @@ from fisherkern.reference.covariance import (
     embedding_counts,
     squared_gradient,
 )
+from fisherkern.reference.head_fisher import (
+    HeadFisherSample,
+    HeadFisherWeightDiagonal,
+    head_fisher_gram,
+    head_fisher_matvec,
+    head_fisher_mean_probs,
+    head_fisher_pullback,
+    head_fisher_sample,
+    head_fisher_stats,
+    head_fisher_weight_diagonal,
+    head_logits,
+)
 from fisherkern.reference.softmax_fisher import (
     IGNORE_INDEX,
     SoftmaxFisherStats,
@@ -38,6 +50,8 @@ from fisherkern.reference.tokens import accumulation_dtype, normalised, token_we
 
 __all__ = [
     "IGNORE_INDEX",
+    "HeadFisherSample",
+    "HeadFisherWeightDiagonal",
     "SoftmaxFisherStats",
     "accumulation_dtype",
     "convolution_covariance",
@@ -45,6 +59,14 @@ __all__ = [
     "covariance_update",
     "cross_covariance",
     "embedding_counts",
+    "head_fisher_gram",
+    "head_fisher_matvec",
+    "head_fisher_mean_probs",
+    "head_fisher_pullback",
+    "head_fisher_sample",
+    "head_fisher_stats",
+    "head_fisher_weight_diagonal",
+    "head_logits",
     "normalised",
     "philox_uniform",
     "softmax_fisher_diagonal",

@@ -30,10 +30,14 @@ from fisherkern.kernels.softmax_fisher_products import (
 from fisherkern.kernels.softmax_fisher_quadratic import softmax_fisher_quadratic
 from fisherkern.kernels.softmax_fisher_stats import softmax_fisher_stats, softmax_fisher_trace
 from fisherkern.kernels.softmax_fisher_stats_backward import softmax_fisher_stats_backward
+from fisherkern.ops._head_products import head_logits, head_pull, head_squares
 
 __all__ = [
     "covariance_update",
     "cross_update",
+    "head_logits",
+    "head_pull",
+    "head_squares",
     "mirror",
     "softmax_fisher_diagonal",
     "softmax_fisher_diagonal_sum",
