@@ -24,6 +24,7 @@ from fisherkern.ops.covariance._common import PRECISIONS
 from fisherkern.ops.head_fisher._common import (
     SCHEMA,
     Block,
+    Chunk,
     Head,
     check_head,
     head_of,
@@ -109,43 +110,57 @@ def _density(block: Block) -> Tensor:
         return w @ p
 
 
+def _add_chunk(
+    head: Head,
+    part: Chunk,
+    temperature: float,
+    high: bool,
+    sums: list[_Sum],
+    density: Tensor | None,
+) -> None:
+    """Add the tokens of a chunk to the sum and Σ w p s² [V]; without that, to a sum for each."""
+    each = density is None
+    count, stars, epsilons = len(part.z), [], []
+    reference, unit, sums_of_p = head.new(count), head.new(count), head.new(head.classes)
+    powers = (part.weights, None, temperature, sums_of_p, reference, unit)
+    head.kernels.softmax_fisher_powers(part.z[None], *powers)
+    for block in part.blocks(1 if each else None):
+        z, rows = block.z, block.rows
+        star = z.argmax(-1, keepdim=True) if high else None
+        panel = (reference[rows], unit[rows], None, temperature, False, z)
+        head.kernels.softmax_fisher_panel(z[None], *panel)
+        if star is not None:
+            x, epsilon = _without_star(head, block, star)
+            stars.append(x)
+            epsilons.append(epsilon)
+        if density is None:
+            sums[block.tokens.start].add_classes(_density(block))
+        elif star is None and block.slope is None:
+            density += sums_of_p
+        else:
+            density += _density(block)
+    means = head.pull(part.z, head.new(count, head.weight.shape[1]))
+    tokens = _Tokens(means, part.weights)
+    if stars:
+        tokens = tokens._replace(stars=torch.cat(stars), epsilon=torch.cat(epsilons))
+    if each:
+        for total, one in zip(sums[part.tokens], tokens.split(), strict=True):
+            total.add_tokens(one)
+    else:
+        sums[0].add_tokens(tokens)
+
+
 def _pullback(*arguments: Any) -> Tensor:
     *common, each, high, precision = arguments
     head, temperature = head_of(tuple(common))
     out = _new_pullback(*arguments).zero_()
     matrices = out.view(-1, *out.shape[-2:])
     sums = [_Sum(head, 1 / temperature**2, precision, matrix) for matrix in matrices]
-    density = head.zeros(head.classes)
+    density = None if each else head.zeros(head.classes)
     for part in head.chunks():
-        count, stars, epsilons = len(part.z), [], []
-        reference, unit, sums_of_p = head.new(count), head.new(count), head.new(head.classes)
-        powers = (part.weights, None, temperature, sums_of_p, reference, unit)
-        head.kernels.softmax_fisher_powers(part.z[None], *powers)
-        for block in part.blocks(1 if each else None):
-            z, rows = block.z, block.rows
-            star = z.argmax(-1, keepdim=True) if high else None
-            panel = (reference[rows], unit[rows], None, temperature, False, z)
-            head.kernels.softmax_fisher_panel(z[None], *panel)
-            if star is not None:
-                x, epsilon = _without_star(head, block, star)
-                stars.append(x)
-                epsilons.append(epsilon)
-            if each:
-                sums[block.tokens.start].add_classes(_density(block))
-            else:
-                plain = star is None and block.slope is None
-                density += sums_of_p if plain else _density(block)
-        means = head.pull(part.z, head.new(count, head.weight.shape[1]))
-        tokens = _Tokens(means, part.weights)
-        if stars:
-            tokens = tokens._replace(stars=torch.cat(stars), epsilon=torch.cat(epsilons))
-        if each:
-            for total, one in zip(sums[part.tokens], tokens.split(), strict=True):
-                total.add_tokens(one)
-        else:
-            sums[0].add_tokens(tokens)
-        del part, block  # what is left to do needs their memory
-    if not each:
+        _add_chunk(head, part, temperature, high, sums, density)
+        del part  # the product with W needs its memory
+    if density is not None:
         sums[0].add_classes(density)
     if out.numel():
         head.kernels.mirror(matrices)
