@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import covariance.test_library
+import head_fisher.test_library
 import torch
 
 import softmax_fisher.test_library
@@ -14,5 +15,6 @@ def test_every_registered_op_is_checked() -> None:
         for schema in torch._C._jit_get_all_schemas()
         if schema.name.startswith("fisherkern::")
     }
-    checked = {*softmax_fisher.test_library.NAMES, *covariance.test_library.NAMES}
+    families = (softmax_fisher, head_fisher, covariance)
+    checked = {name for family in families for name in family.test_library.NAMES}
     assert registered == checked
