@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -202,6 +203,7 @@ def extension(target: Path) -> None:
     common += [f"-isystem{torch}/include/torch/csrc/api/include"]
     common += [f"-isystem{sysconfig.get_paths()['include']}"]
     common += ["-DFISHERKERN_X86"] if x86 else []
+    common += shlex.split(os.environ.get("CXXFLAGS", ""))
     amx = x86 and sys.platform == "linux" and _accepts(compiler, AMX)
     common += ["-DFISHERKERN_AMX"] if amx else []
     gencodes = architectures() if cuda else []

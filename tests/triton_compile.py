@@ -127,6 +127,7 @@ UNIT = Operands("fp32", False, ("lse_ptr",), unit=True)
 # Factors: with few tiles the sums go to partials; float64 takes the most registers.
 _PLAIN = ("mask_ptr", "weights_ptr", "partial_ptr")
 _MASKED = ("weights_ptr",)
+_DOUBLE = ("weights_ptr", "partial_ptr")
 _WEIGHTED = ("mask_ptr", "partial_ptr")
 # Sums of columns and of splits: no tiles, and one configuration.
 _SUM_OPERANDS = (
@@ -142,20 +143,18 @@ def _tile_operands(family: str, key: str) -> Iterator[Operands]:
     if key.startswith("half"):
         yield Operands("bf16", aligned, _PLAIN, flat=True)
         yield Operands("bf16", aligned, _MASKED)
-        for dtype in ("bf16", "fp16") if aligned else ("bf16",):
-            yield Operands(dtype, aligned, (*_MASKED, "partial_ptr"), factor="fp64")
+        # the two halves differ in the names of instructions alone
+        yield Operands("fp16" if aligned else "bf16", aligned, _DOUBLE, factor="fp64")
     elif key == "split":
-        for dtype in ("bf16", "fp16"):
-            yield Operands(dtype, True, _WEIGHTED, factor="fp64")
+        yield Operands("fp16", True, _WEIGHTED, factor="fp64")
         yield Operands("bf16", False, _WEIGHTED)
     elif not aligned:
         yield Operands("fp32", False, _MASKED)
         yield Operands("fp32", False, _WEIGHTED, factor="fp64")
     else:
         halves = ("bf16", "fp16") if (family, key) == ("squares", "bf16x6") else ()
-        for dtype in ("fp32", *halves[:1]):
-            yield Operands(dtype, True, _PLAIN, flat=True)
-            yield Operands(dtype, True, _MASKED)
+        yield Operands("fp32", True, _PLAIN, flat=True)
+        yield Operands("fp32", True, _MASKED)
         for dtype in ("fp32", *halves):
             yield Operands(dtype, True, _WEIGHTED, factor="fp64")
         if f"{key} unaligned" not in _covariance_config.LAUNCHES["sm_90"][family]:

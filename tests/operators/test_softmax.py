@@ -11,8 +11,8 @@ from conftest import DEVICE, SLOW
 from operators import cases
 from operators.cases import SCALES, block, error, logits, softmax_fisher, weights
 
-TOKENS = (1, 7, 40) if SLOW else (1, 7, 64, 300)
-CLASSES = (7, 130) if SLOW else (7, 300, 2000)
+TOKENS = (1, 20) if SLOW else (1, 7, 64, 300)
+CLASSES = (7, 90) if SLOW else (7, 300, 2000)
 # relative error of a float32 solve, by damping
 SOLVED = {1e-1: 1e-6, 1e-2: 1e-6, 1e-4: 1e-6, 1e-6: 2e-6, 1e-8: 1e-4}
 TAU = 1.3
