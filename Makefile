@@ -15,6 +15,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 export MAX_JOBS ?= $(JOBS)
 PYTEST := $(BIN)/python -m pytest -q
+# Installed without dependencies: curvlinops asks for backpack, that for torchvision, and that for
+# another torch. backpack serves its experimental features only; the others are what it imports.
+REFEREES := curvlinops-for-pytorch einconv einops linear_operator scipy
 # what runs on every back end
 OP_TESTS := tests/softmax_fisher tests/head_fisher tests/covariance tests/operators
 
@@ -42,6 +45,8 @@ $(VENV)/dev: $(VENV)/torch pyproject.toml constraints.txt setup.py $(SOURCES)
 	@echo "installing fisherkern[dev]"
 	if [ -z "$${FISHERKERN_CUDA:-}" ] && command -v nvcc >/dev/null; then export FISHERKERN_CUDA=link; fi
 	$(PIP) -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(PIP) -c constraints.txt --no-deps $(REFEREES)
+	$(BIN)/python -c 'import curvlinops'
 	touch $@
 
 $(VENV)/demo: $(VENV)/torch pyproject.toml constraints.txt setup.py $(SOURCES)

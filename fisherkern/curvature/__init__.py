@@ -1,5 +1,34 @@
-"""Curvature of a model: the state that is kept between batches."""
+"""Curvature of a model: what is captured of its layers, and the state kept between batches."""
 
+from fisherkern.curvature.capture import Capture, capture
 from fisherkern.curvature.ema import EMACovariance
+from fisherkern.curvature.estimate import estimate_fisher
+from fisherkern.curvature.head import WideCurvature
+from fisherkern.curvature.optimizer_state import (
+    diagonal_from_adam,
+    kronecker_from_adafactor,
+    kronecker_from_shampoo,
+)
+from fisherkern.curvature.structures import (
+    BlockCurvature,
+    DiagonalCurvature,
+    EigenCurvature,
+    KroneckerCurvature,
+    LayerCurvature,
+)
 
-__all__ = ["EMACovariance"]
+__all__ = [
+    "BlockCurvature",
+    "Capture",
+    "DiagonalCurvature",
+    "EMACovariance",
+    "EigenCurvature",
+    "KroneckerCurvature",
+    "LayerCurvature",
+    "WideCurvature",
+    "capture",
+    "diagonal_from_adam",
+    "estimate_fisher",
+    "kronecker_from_adafactor",
+    "kronecker_from_shampoo",
+]

@@ -1,0 +1,120 @@
+"""Receiver: what comes of the calls of one layer, checked and added to its curvature."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fisherkern.curvature._ledger import Ledger
+from fisherkern.curvature.head import WideCurvature
+from fisherkern.curvature.layers import shared_by_samples
+from fisherkern.curvature.structures import LayerCurvature
+
+
+@dataclass
+class Batch:
+    """The batch that is followed, as far as it is known."""
+
+    active: bool = False
+    mask: Tensor | None = None
+    shape: torch.Size = field(default_factory=torch.Size)
+    """[B, *positions] of its tokens."""
+    scale: float | None = None
+    """Of the squares of the gradients that come now; None: they are not wanted."""
+
+
+class Receiver:
+    """What the tap of a module asks and tells, for one layer.
+
+    Args:
+        name: of the layer.
+        curvature: which is added to.
+        batch: of the capture, shared by its layers.
+        ledger: as well.
+        summed: whether gradients may come as sums over samples: those of sampled labels, which are
+            independent, so that the products of different samples cancel on average.
+        refuse: told why the parameters of the layer are not covered after all.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        curvature: LayerCurvature,
+        batch: Batch,
+        ledger: Ledger,
+        summed: bool,
+        refuse: Callable[[str], None],
+    ) -> None:
+        self._name, self._curvature, self._layer = name, curvature, curvature.layer
+        self._batch, self._ledger = batch, ledger
+        self._summed, self._refuse = summed, refuse
+        self._warned = False
+        self.called = False
+        """Whether a gradient ever came."""
+
+    def follow(self) -> bool:
+        """Whether a call is to be followed; asked before it."""
+        if self._batch.active:
+            self._ledger.call(self._name)
+        return self._batch.active
+
+    def observe(self, output: Tensor) -> None:
+        """See what a call returned; refuse a mask that does not fit before anything is added."""
+        layer, batch = self._layer, self._batch
+        layer.token_mask(batch.mask, layer.lead(layer.by_sample(output, batch.shape)))
+        if isinstance(self._curvature, WideCurvature):
+            self._curvature.observe(output)
+
+    def receive(self, inputs: Callable[[], Tensor], gradient: Tensor, first: bool) -> bool:
+        """Add the gradient of a call, and its inputs with the first one; whether it was taken."""
+        batch, layer = self._batch, self._layer
+        if batch.scale is None or not self._ledger.takes(self._name):
+            return False
+        g = layer.by_sample(gradient, batch.shape)
+        lead = layer.lead(g)
+        if not self._summed and shared_by_samples(lead, batch.shape):
+            self._refuse_shared(lead)
+            return False
+        self.called = True
+
+        def x() -> Tensor:
+            return layer.by_sample(inputs(), batch.shape)
+
+        # a model may be spread over devices
+        mask = None if batch.mask is None else batch.mask.to(g.device)
+        over = layer.used(x, layer.token_mask(mask, lead))
+        good = _finite(g, layer.gradient_rows, over)
+        if not (good and (not first or _finite(x(), layer.rows, over))):
+            what = "inputs or gradients hold NaN or infinity"
+            self._leave_out(f"{what}; this batch is left out of its curvature")
+            return False
+        self._ledger.receive(self._name)
+        if first:
+            self._curvature.add_inputs(x(), over)
+        self._curvature.add_gradients(x, g, over, batch.scale)
+        return True
+
+    def _refuse_shared(self, lead: torch.Size) -> None:
+        reason = (
+            f"called on tokens of shape {list(lead)} for all samples of a batch at once: their "
+            f"gradients cannot be told apart"
+        )
+        self._refuse(reason)
+        self._leave_out(f"{reason}, and it is left out")
+
+    def _leave_out(self, why: str) -> None:
+        self._ledger.fail(self._name)
+        if not self._warned:
+            self._warned = True
+            warnings.warn(f"{self._name}: {why} (said once)", RuntimeWarning, stacklevel=2)
+
+
+def _finite(values: Tensor, rows: Callable[[Tensor], Tensor], mask: Tensor | None) -> bool:
+    """Whether the tokens that count hold neither NaN nor infinity."""
+    if not values.is_floating_point() or bool(values.isfinite().all()):
+        return True
+    return mask is not None and bool((rows(values).isfinite().all(-1) | ~mask).all())
