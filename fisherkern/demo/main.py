@@ -15,7 +15,18 @@ import torch
 
 import fisherkern
 from fisherkern.backends import select
-from fisherkern.demo import comparisons, factors, findings, head, model, natural, plot, report, text
+from fisherkern.demo import (
+    comparisons,
+    factors,
+    findings,
+    head,
+    model,
+    natural,
+    plot,
+    report,
+    text,
+    training,
+)
 from fisherkern.demo.errors import DemoError
 
 _ALWAYS = ("transformers", "safetensors", "matplotlib", "tqdm")
@@ -90,6 +101,7 @@ def run(arguments: argparse.Namespace) -> None:
     _accumulate(language_model, windows.tokens)
     _precondition(language_model, windows.tokens[0])
     _without_logits(language_model, windows.tokens[0])
+    _train(language_model, passages)
     _tell(findings.find(windows, logits), language_model, title, folder, arguments.top)
     print(f"\ndone in {time.perf_counter() - began:.0f} s")
 
@@ -165,6 +177,18 @@ def _without_logits(language_model: model.LanguageModel, tokens: torch.Tensor) -
     print("\nFrom hidden states and the head, ours beside plain PyTorch, which stores the logits\n")
     print(report.table(found.rows, "result"))
     print("\n" + report.head(found))
+
+
+def _train(language_model: model.LanguageModel, passages: list[str]) -> None:
+    """Print the loss before and after some steps of K-FAC and of AdamW."""
+    length = min(training.LENGTH, language_model.context)
+    count = training.HELD_OUT + training.STEPS * training.PER_STEP
+    windows = text.windows(passages, language_model.tokenizer, count, length)
+    found = training.measure(language_model.model, windows.tokens)
+    if found is None:
+        return
+    print(f"\n{found.steps} steps of {found.tokens} tokens each, from the same weights\n")
+    print(report.training(found))
 
 
 def _tell(

@@ -16,6 +16,7 @@ from fisherkern.demo.head import ERROR_TOKENS, HeadFindings
 from fisherkern.demo.measure import memory_method
 from fisherkern.demo.natural import NaturalGradients
 from fisherkern.demo.spectra import Spectra, Spectrum
+from fisherkern.demo.training import Training
 
 _MIB = 2**20
 
@@ -109,6 +110,22 @@ def head(found: HeadFindings) -> str:
         f"Ours: {j.our_seconds * 1e3:.0f} ms ({j.seconds / j.our_seconds:.0f} times less), error "
         f"{j.our_error:.1e}"
     )
+
+
+def training(found: Training) -> str:
+    """The loss before and after, and what the steps took."""
+    lines = ["| optimizer | loss before | loss after | time |", "|---|---|---|---|"]
+    lines += [
+        f"| {run.name} | {found.before:.4f} | {run.after:.4f} | {run.seconds:.1f} s |"
+        for run in found.runs
+    ]
+    lines += [
+        "",
+        f"Nats per token, on {found.held_out} tokens that were not trained on. Steps of so few "
+        "tokens are the dear case for K-FAC: what its inverses cost does not depend on their "
+        "number.",
+    ]
+    return "\n".join(lines)
 
 
 def spectra(found: Spectra) -> str:

@@ -1,0 +1,310 @@
+"""KFAC: a torch optimizer that steps along the natural gradient of the layers that it covers."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.adamw import adamw
+
+from fisherkern import checks
+from fisherkern.optim.preconditioner import KFACPreconditioner, dense, unwrapped
+
+# Levenberg–Marquardt: how the damping changes with the reduction ratio, per step.
+_RATIO_LOW, _RATIO_HIGH, _CHANGE = 0.25, 0.75, 19 / 20
+
+
+class KFAC(Optimizer):
+    """SGD with momentum along (F + λ)⁻¹ ∇, and AdamW for parameters that have no factor.
+
+    Groups of parameters, schedulers and GradScaler work as with every optimizer. Weight decay is
+    decoupled: p ← p (1 − lr · weight_decay) before the step. A step with a gradient of NaN or
+    infinity anywhere is left out, with a warning said once, and changes no state.
+
+    Args:
+        model: to train, see :class:`KFACPreconditioner`.
+        params: parameters of the model, or groups of them; None: all that require grad.
+        lr: of the natural gradient.
+        momentum: μ in [0, 1) of the natural gradient; the new one has weight 1.
+        weight_decay: of both kinds of parameters.
+        adam_lr: learning rate of the parameters without a factor; a scheduler scales it with `lr`.
+        adam_betas: of the same.
+        adam_eps: of the same.
+        damping_period: steps per prediction for :meth:`adapt_damping`; None: λ stays.
+        options: of :class:`KFACPreconditioner`: `damping`, periods, `fisher_type` and so on.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or value, or parameters that are not
+            the model's.
+
+    Source: Martens and Grosse 2015; Loshchilov and Hutter 2019 (decoupled weight decay).
+
+    >>> import torch
+    >>> from fisherkern.optim import KFAC
+    >>> model = torch.nn.Linear(3, 2)
+    >>> optimizer = KFAC(model, lr=0.1, damping=1e-2)
+    >>> x, y = torch.randn(8, 3), torch.randint(2, (8,))
+    >>> for _ in range(2):
+    ...     optimizer.zero_grad()
+    ...     torch.nn.functional.cross_entropy(model(x), y).backward()
+    ...     optimizer.step()
+    >>> optimizer.fallback()
+    {}
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Iterable[Any] | None = None,
+        *,
+        lr: float = 1e-2,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        adam_lr: float = 1e-3,
+        adam_betas: tuple[float, float] = (0.9, 0.999),
+        adam_eps: float = 1e-8,
+        damping_period: int | None = None,
+        **options: Any,
+    ) -> None:
+        checks.number("lr", lr, 0.0, math.inf)
+        checks.number("adam_lr", adam_lr, 0.0, math.inf)
+        checks.number("weight_decay", weight_decay, 0.0, math.inf)
+        if not (isinstance(adam_betas, (tuple, list)) and len(adam_betas) == 2):
+            raise ValueError(f"adam_betas is {adam_betas!r}; expected two numbers in [0, 1)")
+        first, second = adam_betas
+        averages = {"momentum": momentum, "adam_betas[0]": first, "adam_betas[1]": second}
+        for name, value in averages.items():
+            if checks.number(name, value, 0.0, 1.0) == 1:
+                raise ValueError(f"{name} is 1; allowed are numbers in [0, 1)")
+        checks.positive("adam_eps", adam_eps)
+        if damping_period is not None and checks.integer("damping_period", damping_period) < 1:
+            raise ValueError(f"damping_period is {damping_period}; allowed are ints >= 1, or None")
+        self.preconditioner = KFACPreconditioner(model, **options)
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "adam_lr": adam_lr,
+            "betas": (first, second),
+            "eps": adam_eps,
+        }
+        try:
+            super().__init__(_groups(model, params), defaults)
+        except Exception:
+            self.preconditioner.detach()
+            raise
+        self.damping_period = damping_period
+        self._warned = False
+        self._predicted: float | None = None
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As of every optimizer; its `lr` is the one that a scheduler scales `adam_lr` from."""
+        super().add_param_group(param_group)
+        added = self.param_groups[-1]
+        added.setdefault("base_lr", added["lr"])
+
+    def fallback(self) -> dict[str, str]:
+        """Names of the parameters that AdamW steps, and why they have no factor."""
+        return self.preconditioner.uncovered()
+
+    @property
+    def damping(self) -> float:
+        """λ, which may be set; it holds from the next refresh of the inverses."""
+        return self.preconditioner.damping
+
+    @damping.setter
+    def damping(self, value: float) -> None:
+        self.preconditioner.damping = checks.damping(value)
+
+    # ---- steps ----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step.
+
+        Args:
+            closure: evaluates the model again and returns the loss, as of every torch optimizer.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        gradients = [dense(p.grad) for p in self._stepped()]
+        if not gradients:
+            return loss
+        if not _all_finite(gradients):
+            self.preconditioner.skip()
+            if not self._warned:
+                self._warned = True
+                warnings.warn(
+                    "a gradient holds NaN or infinity; the step is left out (said once)",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            return loss
+        period, before = self.damping_period, []
+        if period is not None and self.preconditioner.steps % period == 0:
+            before = [(p, p.detach().clone(), dense(p.grad).clone()) for p in self._stepped()]
+        rates = {id(p): float(g["lr"]) for g in self.param_groups for p in g["params"]}
+        natural = self.preconditioner.step(lambda p: rates.get(id(p), 0.0))
+        for group in self.param_groups:
+            mine = [p for p in group["params"] if p.grad is not None]
+            for p in mine:
+                p.mul_(1 - _rate(group, id(p) in natural) * group["weight_decay"])
+            self._natural_step([p for p in mine if id(p) in natural], group)
+            self._adam_step([p for p in mine if id(p) not in natural], group)
+        self._predict(before)
+        return loss
+
+    def _stepped(self) -> list[nn.Parameter]:
+        """The parameters that have a gradient."""
+        return [p for g in self.param_groups for p in g["params"] if p.grad is not None]
+
+    def _natural_step(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        for p in params:
+            assert p.grad is not None
+            state = self.state[p]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(p)
+            buffer = state["momentum_buffer"].mul_(group["momentum"]).add_(p.grad)
+            p.add_(buffer, alpha=-group["lr"])
+
+    def _adam_step(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        if not params:
+            return
+        for p in params:
+            if "exp_avg" not in self.state[p]:
+                self.state[p].update(
+                    step=torch.zeros((), dtype=torch.float32),
+                    exp_avg=torch.zeros_like(p),
+                    exp_avg_sq=torch.zeros_like(p),
+                )
+        states = [self.state[p] for p in params]
+        beta1, beta2 = group["betas"]
+        adamw(
+            list(params),
+            [p.grad for p in params if p.grad is not None],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=_rate(group, False),
+            weight_decay=0.0,  # of every parameter alike, before the step
+            eps=group["eps"],
+            maximize=False,
+        )
+
+    # ---- damping --------------------------------------------------------------------------------
+
+    def _predict(self, before: list[tuple[nn.Parameter, Tensor, Tensor]]) -> None:
+        """The change of the loss; of parameters without a factor the model is linear."""
+        self._predicted = None
+        if before:
+            changes = {p: p - old for p, old, _ in before}
+            slope = sum(float((changes[p] * g).sum()) for p, _, g in before)
+            self._predicted = slope + self.preconditioner.quadratic(changes) / 2
+
+    @property
+    def wants_loss(self) -> bool:
+        """Whether :meth:`adapt_damping` can judge the step that was just taken."""
+        return self._predicted is not None
+
+    def adapt_damping(self, before: float, after: float) -> float:
+        """Change λ by how well the quadratic model predicted the change of the loss.
+
+        With ρ the change over the predicted one, λ ← ω λ where ρ > 3/4 and λ ← λ / ω where ρ < 1/4,
+        ω = (19/20)^`damping_period`. With several ranks each calls this, with the losses of its own
+        part of the batch.
+
+        Args:
+            before: the loss of the batch of the step, as it was differentiated.
+            after: the loss of the same batch after the step.
+
+        Returns:
+            ρ.
+
+        Raises:
+            ValueError: the step was not one in `damping_period`, see :attr:`wants_loss`.
+
+        Source: Martens and Grosse 2015, section 6.5.
+        """
+        if self._predicted is None or self.damping_period is None:
+            raise ValueError(
+                "damping_period is "
+                f"{self.damping_period}: the change of the last step was not predicted"
+            )
+        change = self.preconditioner.average(float(after) - float(before))
+        ratio = change / self._predicted if self._predicted < 0 else -math.inf
+        omega = _CHANGE**self.damping_period
+        if ratio > _RATIO_HIGH:
+            self.damping *= omega
+        elif not ratio >= _RATIO_LOW:  # a loss of NaN too
+            self.damping /= omega
+        self._predicted = None
+        return ratio
+
+    # ---- state ----------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of every optimizer, with the preconditioner's under "kfac"."""
+        return {**super().state_dict(), "kfac": self.preconditioner.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state; training goes on with the same bits.
+
+        Raises:
+            KeyError, ValueError: an entry is missing or does not fit.
+        """
+        if "kfac" not in state_dict:
+            raise KeyError("state_dict lacks kfac: it is not one of this optimizer")
+        self.preconditioner.check_state(state_dict["kfac"])
+        super().load_state_dict({k: v for k, v in state_dict.items() if k != "kfac"})
+        self.preconditioner.load_state_dict(state_dict["kfac"])
+
+
+def _rate(group: dict[str, Any], natural: bool) -> float:
+    if natural:
+        return float(group["lr"])
+    base = group["base_lr"]
+    return float(group["adam_lr"] * group["lr"] / base) if base else 0.0
+
+
+def _all_finite(tensors: list[Tensor]) -> bool:
+    # an empty tensor has no largest element
+    norms = torch._foreach_norm([t for t in tensors if t.numel()], float("inf"))
+    return all(bool(norm.isfinite()) for norm in norms)
+
+
+def _groups(model: nn.Module, params: Iterable[Any] | None) -> list[dict[str, Any]]:
+    """Groups as they were given; all of them of parameters of the model."""
+    own = {id(p) for p in unwrapped(model).parameters()}
+    given: list[Any] = list(model.parameters() if params is None else params)
+    if not given:
+        raise ValueError("params is empty; expected parameters of the model, or groups of them")
+    groups: list[dict[str, Any]] = []
+    for group in given if isinstance(given[0], dict) else [{"params": given}]:
+        if not (isinstance(group, dict) and "params" in group):
+            raise TypeError(f"params holds {group!r}; expected groups with an entry 'params'")
+        members = group["params"]
+        members = [members] if isinstance(members, Tensor) else list(members)
+        for p in members:
+            if not isinstance(p, Tensor):
+                raise TypeError(
+                    f"params holds a {type(p).__name__}; expected parameters of the model, or "
+                    "groups of them"
+                )
+            if id(p) not in own:
+                raise ValueError(
+                    f"params holds a tensor of shape {list(p.shape)}, which is no parameter of the "
+                    "model"
+                )
+        groups.append({**group, "params": [p for p in members if p.requires_grad]})
+    return groups

@@ -1,0 +1,329 @@
+"""KFACPreconditioner: gradients made natural in place, before any optimizer takes its step."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fisherkern import checks
+from fisherkern.curvature import Capture, EigenCurvature, LayerCurvature
+from fisherkern.curvature._models import Arguments
+from fisherkern.optim._follow import Follower
+from fisherkern.optim._inverse import INVERSES
+from fisherkern.optim._layers import (
+    DAMPING_MODES,
+    Damping,
+    Eigenbases,
+    Solver,
+    check_saved,
+    restored,
+    saved,
+    solver,
+)
+from fisherkern.optim._ranks import Ranks
+
+
+class KFACPreconditioner:
+    """Replaces p.grad by (F + λ)⁻¹ p.grad, with F captured while the model trains.
+
+    Every forward pass in training mode is followed by hooks, which find the padding mask, the
+    labels and the logits as transformers' models have them; for others say where they are. With
+    "mc" and "type-2" the logits are differentiated once more on their way to the loss; with
+    "empirical" the backward pass of the loss serves both. Then, before the optimizer's step:
+
+        preconditioner.step()
+
+    Args:
+        model: to train; the module inside a DistributedDataParallel.
+        damping: λ > 0, in the units of the Fisher of the mean loss.
+        damping_mode: "pi": √λ / π for G and π √λ for A, which share it out by their traces;
+            "per-factor": λ for each; "exact": λ for their product, by eigendecompositions.
+        ema_decay: β of the averages, the weight of the old value.
+        factor_update_period: steps per capture.
+        inverse_update_period: steps per refresh of the inverses, at least the first.
+        inverse: "cholesky", "eigh", or "inverse-free" (Newton–Schulz from the last inverse).
+        kl_clip: κ: the update is scaled down to lr² Σ ⟨natural gradient, gradient⟩ <= κ; None:
+            never.
+        fisher_type: see :class:`fisherkern.curvature.Capture`; as also `kfac_approx`, `structure`,
+            `mc_samples`, `layers`, `widest`, `stride` and `generator`.
+        mask_of: (args, kwargs) of the model to the bool mask of its tokens; None: the
+            ``attention_mask``.
+        logits_of: what the model returned to its logits; None: ``logits``, or the tensor itself.
+        terms_of: (kwargs, logits) to the bool mask of the terms of the loss; None: where
+            ``labels`` are not −100, shifted by one for a causal model.
+        loss_scale: of "empirical": gives what the loss is multiplied by, such as
+            ``scaler.get_scale``.
+        group: process group of data parallelism; None: the default one, if there is one.
+        options: of :class:`fisherkern.curvature.Capture`.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or value, parameters sharded over ranks
+            (FSDP), or nothing to cover.
+
+    Source: Martens and Grosse 2015, sections 5 and 6; Ba, Grosse and Martens 2017 (kl_clip).
+
+    >>> import torch
+    >>> from fisherkern.optim import KFACPreconditioner
+    >>> model = torch.nn.Linear(3, 2)
+    >>> preconditioner = KFACPreconditioner(model, damping=1e-2)
+    >>> x, y = torch.randn(8, 3), torch.randint(2, (8,))
+    >>> torch.nn.functional.cross_entropy(model(x), y).backward()
+    >>> before = model.weight.grad.clone()
+    >>> replaced = preconditioner.step()
+    >>> torch.equal(before, model.weight.grad)
+    False
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        damping: float = 1e-3,
+        damping_mode: str = "pi",
+        ema_decay: float | None = 0.95,
+        factor_update_period: int = 1,
+        inverse_update_period: int = 10,
+        inverse: str = "cholesky",
+        kl_clip: float | None = 1e-3,
+        fisher_type: str = "mc",
+        mask_of: Callable[[tuple[Any, ...], Arguments], Tensor | None] | None = None,
+        logits_of: Callable[[Any], Tensor] | None = None,
+        terms_of: Callable[[Arguments, Tensor], Tensor | None] | None = None,
+        loss_scale: Callable[[], float] = lambda: 1.0,
+        group: Any = None,
+        **options: Any,
+    ) -> None:
+        self.damping = checks.damping(damping)
+        self.damping_mode = checks.choice("damping_mode", damping_mode, DAMPING_MODES)
+        self.inverse = checks.choice("inverse", inverse, INVERSES)
+        self.kl_clip = None if kl_clip is None else checks.positive("kl_clip", kl_clip)
+        periods = {
+            "factor_update_period": factor_update_period,
+            "inverse_update_period": inverse_update_period,
+        }
+        for name, period in periods.items():
+            if checks.integer(name, period) < 1:
+                raise ValueError(f"{name} is {period}; allowed are ints >= 1")
+        self.factor_update_period = factor_update_period
+        self.inverse_update_period = inverse_update_period
+        inner = unwrapped(model)
+        self.capture = Capture(inner, fisher_type=fisher_type, ema_decay=ema_decay, **options)
+        self.steps = 0
+        self._solvers: dict[str, Solver] = {}
+        self._warned: set[str] = set()
+        self._ranks = Ranks(group)
+        self._owners = self._ranks.owners(self.capture.layers)
+        self.capture.number_samples(rank=self._ranks.rank, ranks=self._ranks.size)
+        self.capture.attach()
+        self._follower = Follower(self.capture, inner, mask_of, logits_of, terms_of, loss_scale)
+
+    def detach(self) -> None:
+        """Take the hooks off the model."""
+        self._follower.remove()
+        self.capture.detach()
+
+    # ---- steps ----------------------------------------------------------------------------------
+
+    def step(self, lr: float | Callable[[nn.Parameter], float] = 1.0) -> set[int]:
+        """Replace the gradients of the covered layers, where they all are finite.
+
+        A layer of whose curvature there is nothing yet keeps its gradient. One whose inverse cannot
+        be made keeps the last one, with a warning that names it, said once.
+
+        Args:
+            lr: of each parameter, for `kl_clip`.
+
+        Returns:
+            The id() of every parameter whose gradient was replaced.
+        """
+        self._follower.end_step()
+        if self.steps % self.inverse_update_period == 0 or not self._solvers:
+            self.refresh()
+        elif self._follower.due:
+            self._reestimate()
+        replaced = self._replace(lr if callable(lr) else lambda _: lr)
+        self.steps += 1
+        self._follower.due = self.steps % self.factor_update_period == 0
+        return replaced
+
+    def refresh(self) -> None:
+        """Make the inverses from the curvature as it is now."""
+        damping = Damping(self.damping, self.damping_mode, self.inverse)
+        layers = self.capture.layers
+
+        def make(name: str, joint: LayerCurvature) -> Solver | None:
+            return solver(joint, damping, self._solvers.get(name))
+
+        for name, made in self._ranks.solvers(layers, self._owners, make):
+            if isinstance(made, Exception):
+                self._warn(name, made, self._solvers.get(name))
+            elif made is not None:
+                self._solvers[name] = made
+                curvature = layers[name]
+                if isinstance(curvature, EigenCurvature) and isinstance(made, Eigenbases):
+                    assert made.Q_A is not None
+                    eigenvalues = made.denominators - self.damping
+                    curvature.rebase((made.Q_G, made.Q_A), eigenvalues)
+
+    def _reestimate(self) -> None:
+        """Take the second moments that were averaged since into the bases of EKFAC."""
+        for name, curvature in self.capture.layers.items():
+            made = self._solvers.get(name)
+            if isinstance(curvature, EigenCurvature) and isinstance(made, Eigenbases):
+                moments = self._ranks.mean(curvature.moments)
+                if bool(moments.isfinite().all()):
+                    made.denominators = moments + self.damping
+
+    def _warn(self, name: str, error: Exception, before: Solver | None) -> None:
+        if name in self._warned:
+            return
+        self._warned.add(name)
+        kept = "its gradient stays as it is" if before is None else "its last inverse is kept"
+        warnings.warn(f"{name}: {error}; {kept} (said once)", RuntimeWarning, stacklevel=4)
+
+    @torch.no_grad()
+    def _replace(self, lr: Callable[[nn.Parameter], float]) -> set[int]:
+        natural: list[tuple[nn.Parameter, Tensor]] = []
+        size = 0.0
+        for name, made in self._solvers.items():
+            curvature = self.capture.layers[name]
+            given = _gradients(curvature)
+            if given is None:
+                continue
+            solved = curvature.layer.split(made.solve(curvature.layer.matrix(given)))
+            if not all(bool(value.isfinite().all()) for value in solved.values()):
+                self._warn(name, ArithmeticError("its natural gradient is not finite"), None)
+                continue
+            for role, value in solved.items():
+                p = curvature.layer.parameters[role]
+                if p.grad is None:
+                    continue
+                natural.append((p, value))
+                if self.kl_clip is not None:
+                    size += lr(p) ** 2 * float((value * given[role]).sum())
+        scale = 1.0
+        if self.kl_clip is not None and size > self.kl_clip:
+            scale = math.sqrt(self.kl_clip / size)
+        for p, value in natural:
+            assert p.grad is not None
+            p.grad.copy_(value.mul_(scale))
+        return {id(p) for p, _ in natural}
+
+    def skip(self) -> None:
+        """End a step whose gradients are of no use, without one."""
+        self._follower.end_step()
+
+    def quadratic(self, changes: Mapping[nn.Parameter, Tensor]) -> float:
+        """Σ over layers of δᵀ (F + λ) δ, for changes δ of the covered parameters.
+
+        F is that of all ranks, on every one of which this has to be called.
+        """
+        total = 0.0
+        for curvature in self.capture.layers.values():
+            layer = curvature.layer
+            mine = {
+                role: changes[p].to(curvature.dtype)
+                for role, p in layer.parameters.items()
+                if p in changes
+            }
+            if len(mine) == len(layer.parameters):
+                x = layer.matrix(mine)
+                product = self._ranks.joint(curvature).product(x)
+                total += float((x * (product + self.damping * x)).sum())
+        return total
+
+    def average(self, value: float) -> float:
+        """The mean of a number over the ranks, on every one of which this has to be called."""
+        device = next(iter(self.capture.layers.values())).device
+        return self._ranks.average(value, device)
+
+    # ---- what is known --------------------------------------------------------------------------
+
+    def uncovered(self) -> dict[str, str]:
+        """Names of parameters whose gradients stay as they are, and why."""
+        return self.capture.uncovered()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Curvature, inverses and the number of steps, for torch.save; copies."""
+        return {
+            "steps": self.steps,
+            "damping": self.damping,
+            "capture": self.capture.state_dict(),
+            "solvers": {name: saved(made) for name, made in self._solvers.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the state of a preconditioner of the same model and options.
+
+        Raises:
+            KeyError, ValueError: an entry is missing or does not fit; nothing was changed.
+        """
+        self.check_state(state)
+        solvers = {
+            name: restored(part, self.capture.layers[name].device)
+            for name, part in state["solvers"].items()
+        }
+        self.capture.load_state_dict(state["capture"])
+        self._solvers = solvers
+        self.steps, self.damping = state["steps"], state["damping"]
+        self._follower.due = self.steps % self.factor_update_period == 0
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise what :meth:`load_state_dict` would, and change nothing."""
+        missing = {"steps", "damping", "capture", "solvers"} - set(state)
+        if missing:
+            raise KeyError(f"state lacks {', '.join(sorted(missing))}")
+        unknown = set(state["solvers"]) - set(self.capture.layers)
+        if unknown:
+            raise ValueError(f"state has an inverse of {min(unknown)}, which is not covered here")
+        for name, part in state["solvers"].items():
+            check_saved(name, part)
+        self.capture.check_state(state["capture"])
+
+
+def _gradients(curvature: LayerCurvature) -> dict[str, Tensor] | None:
+    """Those of a layer in the dtype of its curvature, zero where one lacks; None where all do."""
+    parameters = curvature.layer.parameters
+    if all(p.grad is None for p in parameters.values()):
+        return None
+    dtype = curvature.dtype
+    return {
+        role: torch.zeros_like(p, dtype=dtype) if p.grad is None else dense(p.grad).to(dtype)
+        for role, p in parameters.items()
+    }
+
+
+def dense(gradient: Tensor | None) -> Tensor:
+    """The gradient itself, which must not be sparse."""
+    assert gradient is not None
+    if gradient.layout != torch.strided:
+        raise TypeError(
+            f"a gradient has layout {gradient.layout}; only dense (torch.strided) is supported: "
+            "make embeddings with sparse=False"
+        )
+    return gradient
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside a data-parallel wrapper, whose parameters must be whole."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    wrapped = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    inner = model.module if isinstance(model, wrapped) else model
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in inner.modules()):
+        raise TypeError(
+            "model has a FullyShardedDataParallel inside: gradients that are sharded over ranks "
+            "cannot be preconditioned; use data parallelism"
+        )
+    for name, p in inner.named_parameters():
+        if hasattr(p, "device_mesh"):
+            raise TypeError(
+                f"model has the parameter {name} as a {type(p).__name__}: gradients that are "
+                "sharded over ranks cannot be preconditioned; use data parallelism"
+            )
+    return inner
