@@ -4,6 +4,7 @@ from fisherkern.curvature.capture import Capture, capture
 from fisherkern.curvature.ema import EMACovariance
 from fisherkern.curvature.estimate import estimate_fisher
 from fisherkern.curvature.head import WideCurvature
+from fisherkern.curvature.low_rank import LowRankCurvature
 from fisherkern.curvature.optimizer_state import (
     diagonal_from_adam,
     kronecker_from_adafactor,
@@ -25,6 +26,7 @@ __all__ = [
     "EigenCurvature",
     "KroneckerCurvature",
     "LayerCurvature",
+    "LowRankCurvature",
     "WideCurvature",
     "capture",
     "diagonal_from_adam",

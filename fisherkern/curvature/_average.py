@@ -65,7 +65,7 @@ class MovingAverage:
             decay = self.ema_decay**self._steps_due
             # an op weighs the new term by one minus the decay it is told
             write(self._sum, decay, scale * share / (1.0 - decay))
-            self._count.mul_(decay)
+            self._decayed(decay)
         self._steps_due = 0
         self._count.add_(count(), alpha=share)
 
@@ -79,8 +79,12 @@ class MovingAverage:
         if self.ema_decay is not None and self._steps_due:
             decay = self.ema_decay**self._steps_due
             self._sum.mul_(decay)
-            self._count.mul_(decay)
+            self._decayed(decay)
         self._steps_due = 0
+
+    def _decayed(self, decay: float) -> None:
+        """Let what is kept beside the sum follow it."""
+        self._count.mul_(decay)
 
     def mean(self) -> Tensor:
         """S / n, a new tensor; zeros while nothing was counted."""

@@ -17,27 +17,9 @@ from fisherkern.curvature._probe import Tap
 from fisherkern.curvature._receiver import Batch, Receiver
 from fisherkern.curvature.coverage import Chosen, cover
 from fisherkern.curvature.head import WideCurvature
-from fisherkern.curvature.layers import (
-    EmbeddingLayer,
-    Layer,
-    NormLayer,
-    over_tokens,
-)
-from fisherkern.curvature.structures import (
-    KFAC_APPROXIMATIONS,
-    BlockCurvature,
-    DiagonalCurvature,
-    EigenCurvature,
-    KroneckerCurvature,
-    LayerCurvature,
-    block_size,
-)
-
-STRUCTURES = ("kfac", "ekfac", "diagonal", "block")
-# Parameters of a norm beyond which its diagonal is kept instead of its block.
-_NORM_BLOCK = 2048
-# Parameters of a layer beyond which a block of [P, P] is refused.
-_LARGEST_BLOCK = 8192
+from fisherkern.curvature.kinds import STRUCTURES, Kinds
+from fisherkern.curvature.layers import over_tokens
+from fisherkern.curvature.structures import KFAC_APPROXIMATIONS, LayerCurvature
 
 
 class Capture:
@@ -51,9 +33,10 @@ class Capture:
         model: any module. Covered are Linear, transformers' Conv1D, Conv1d, Conv2d, Embedding,
             LayerNorm and RMSNorm modules with trainable weights; :meth:`uncovered` says what is
             not, and why.
-        structure: "kfac", "ekfac", "diagonal", or "block" (a whole [P, P] block per layer, of at
-            most 8192 parameters). Norms get their block under "kfac" and "ekfac", or their diagonal
-            where that has more than 2048 rows. Embeddings stay Kronecker under "ekfac".
+        structure: "kfac", "ekfac", "diagonal", "block" (a whole [P, P] block per layer, of at most
+            8192 parameters), or "low-rank" (a diagonal and `rank` directions). Norms get their
+            block under "kfac" and "ekfac", or their diagonal where that has more than 2048 rows.
+            Embeddings stay Kronecker under "ekfac".
         fisher_type: "mc": labels drawn from the model; "type-2": all classes, in V backward passes
             from logits or d from hidden states; both in :meth:`add`. "empirical": the
             gradients of the loss that is differentiated in the batch.
@@ -61,6 +44,7 @@ class Capture:
             gradients summed over the positions of a sample first.
         ema_decay: β of the averages per step, in [0, 1); None averages all steps alike.
         mc_samples: labels per token.
+        rank: of "low-rank".
         loss_reduction: of the loss of "empirical": "mean" or "sum" over its terms.
         layers: names of modules, or what tells by name and module, that are to be covered; None:
             all.
@@ -94,6 +78,7 @@ class Capture:
         kfac_approx: str = "expand",
         ema_decay: float | None = None,
         mc_samples: int = 1,
+        rank: int = 16,
         loss_reduction: str = "mean",
         layers: Chosen = None,
         widest: int = 16384,
@@ -107,7 +92,8 @@ class Capture:
         self.fisher_type = checks.choice("fisher_type", fisher_type, fisher_types.FISHER_TYPES)
         self.kfac_approx = checks.choice("kfac_approx", kfac_approx, KFAC_APPROXIMATIONS)
         self.loss_reduction = checks.choice("loss_reduction", loss_reduction, ("mean", "sum"))
-        for name, value in (("mc_samples", mc_samples), ("widest", widest), ("stride", stride)):
+        sizes = {"mc_samples": mc_samples, "rank": rank, "widest": widest, "stride": stride}
+        for name, value in sizes.items():
             if checks.integer(name, value) < 1:
                 raise ValueError(f"{name} is {value}; allowed are ints >= 1")
         if not (generator is None or isinstance(generator, torch.Generator)):
@@ -115,12 +101,12 @@ class Capture:
                 f"generator must be a torch.Generator or None, not {type(generator).__name__}"
             )
         self.ema_decay, self.mc_samples = ema_decay, mc_samples
-        self._widest, self._stride = widest, stride
         self._generator = generator
         self._exact = bool(exact_positions)
         self._samples = 0  # seen so far: signs of "type-2" depend on the number of a sample
         self._shard = (0, 1)
-        self._covered = cover(model, layers, self._curvature)
+        kinds = Kinds(structure, kfac_approx, ema_decay, rank, widest, stride)
+        self._covered = cover(model, layers, kinds.curvature)
         self.layers: dict[str, LayerCurvature] = self._covered.layers
         """The curvature of each covered module, by its name in the model."""
         self._model = model
@@ -133,30 +119,6 @@ class Capture:
         self._receivers = {name: self._receiver(name) for name in self.layers}
 
     # ---- what is covered ------------------------------------------------------------------------
-
-    def _curvature(self, layer: Layer) -> LayerCurvature | str:
-        weight = layer.parameters[next(iter(layer.parameters))]
-        options = {
-            "ema_decay": self.ema_decay,
-            "dtype": torch.float64 if weight.dtype == torch.float64 else torch.float32,
-            "device": weight.device,
-        }
-        kind: type[LayerCurvature]
-        if self.structure == "diagonal":
-            kind = DiagonalCurvature
-        elif self.structure == "block":
-            if block_size(layer) > _LARGEST_BLOCK:
-                return f"{block_size(layer)} parameters, more than a block of {_LARGEST_BLOCK}"
-            kind = BlockCurvature
-        elif isinstance(layer, NormLayer):
-            kind = BlockCurvature if block_size(layer) <= _NORM_BLOCK else DiagonalCurvature
-        elif layer.d_out > self._widest:
-            return WideCurvature(layer, self.kfac_approx, options, self._stride)
-        elif self.structure == "ekfac" and not isinstance(layer, EmbeddingLayer):
-            kind = EigenCurvature
-        else:
-            kind = KroneckerCurvature
-        return kind(layer, self.kfac_approx, options)
 
     def uncovered(self) -> dict[str, str]:
         """Names of parameters that no layer covers, and why.

@@ -292,7 +292,7 @@ class DiagonalCurvature(LayerCurvature):
 
     def __init__(self, layer: Layer, kfac_approx: str, options: dict[str, Any]) -> None:
         super().__init__(layer, kfac_approx, options)
-        self.squares = DiagonalAverage((layer.d_out, layer.d_in + _extra(layer)), **options)
+        self.squares = DiagonalAverage((layer.d_out, layer.d_in + bias_columns(layer)), **options)
 
     @property
     def _per_term(self) -> list[MovingAverage]:
@@ -304,11 +304,11 @@ class DiagonalCurvature(LayerCurvature):
         """The squares, positions of a sample summed first."""
         layer = self.layer
         if isinstance(layer, NormLayer):
-            sums, _ = position_sums(layer.scores(x(), g), mask)
-            _add_term(self.squares, sums.square().sum(0).unsqueeze(1), scale)
+            sums = sample_gradients(layer, x(), g, mask)
+            add_term(self.squares, sums.square().sum(0).unsqueeze(1), scale)
         elif isinstance(layer, EmbeddingLayer):
             term = _embedding_squares(layer, layer.rows(x()), layer.gradient_rows(g), mask)
-            _add_term(self.squares, term, scale)
+            add_term(self.squares, term, scale)
         else:
             rows, gradients = layer.rows(x()), layer.gradient_rows(g)
             _add_squares(self.squares, rows, gradients, mask, scale, layer.bias)
@@ -347,7 +347,7 @@ class BlockCurvature(LayerCurvature):
                 gradients, counts = position_sums(gradients, mask)
                 kept = counts > 0
         else:
-            gradients, kept = _sample_gradients(layer, x(), g, mask), None
+            gradients, kept = sample_gradients(layer, x(), g, mask), None
         self.block.update(gradients, mask=kept, scale=scale, count=0.0, new_step=False)
 
     def matrix(self) -> Tensor:
@@ -360,16 +360,16 @@ class BlockCurvature(LayerCurvature):
 
     def diagonal(self) -> dict[str, Tensor]:
         """In the shapes of the parameters."""
-        width = self.layer.d_in + _extra(self.layer)
+        width = self.layer.d_in + bias_columns(self.layer)
         return self.layer.split(self.matrix().diagonal().reshape(self.layer.d_out, width))
 
 
 def block_size(layer: Layer) -> int:
     """P, the number of parameters of a layer."""
-    return layer.d_out * (layer.d_in + _extra(layer))
+    return layer.d_out * (layer.d_in + bias_columns(layer))
 
 
-def _extra(layer: Layer) -> int:
+def bias_columns(layer: Layer) -> int:
     """Columns for a bias; a norm has its bias among its rows."""
     return 0 if isinstance(layer, NormLayer) else int(layer.bias)
 
@@ -383,7 +383,9 @@ def position_sums(rows: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     return torch.where(mask.unsqueeze(-1), wide, 0.0).sum(1), mask.sum(1)
 
 
-def _add_term(average: MovingAverage, term: Tensor, scale: float) -> None:
+def add_term(average: MovingAverage, term: Tensor, scale: float) -> None:
+    """Add a term to an average of tensors, without counting any."""
+
     def write(total: Tensor, decay: float | None, factor: float) -> None:
         if decay is not None:
             total.mul_(decay)
@@ -433,8 +435,10 @@ def _embedding_squares(
     return term.index_add_(0, keys % layer.d_in, sums.square()).mT
 
 
-def _sample_gradients(layer: Layer, x: Tensor, g: Tensor, mask: Tensor | None) -> Tensor:
+def sample_gradients(layer: Layer, x: Tensor, g: Tensor, mask: Tensor | None) -> Tensor:
     """The gradient of each sample as a row [B, P]."""
+    if isinstance(layer, NormLayer):
+        return position_sums(layer.scores(x, g), mask)[0]
     gradients = layer.gradient_rows(g)
     if isinstance(layer, EmbeddingLayer):
         kind = torch.promote_types(g.dtype, torch.float32)

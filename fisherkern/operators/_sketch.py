@@ -15,6 +15,40 @@ import torch
 from torch import Tensor
 
 
+class Sketch:
+    """B, grown by blocks of columns.
+
+    Args:
+        rank: of B.
+        like: a tensor [n] of the dtype and device of B.
+    """
+
+    def __init__(self, rank: int, like: Tensor) -> None:
+        self.rank = rank
+        self.basis = like.new_zeros(like.shape[0], 2 * rank)
+        self.used = 0
+        self.bound = 0.0
+        """δ, while no column was scaled."""
+
+    def append(self, columns: Tensor) -> None:
+        """Add columns [n, any]."""
+        for block in columns.split(self.rank, 1):
+            if self.used + block.shape[1] > 2 * self.rank:
+                self._shrink()
+            self.basis[:, self.used : self.used + block.shape[1]] = block
+            self.used += block.shape[1]
+
+    def factor(self) -> Tensor:
+        """B [n, rank], its own tensor."""
+        if self.used > self.rank:
+            self._shrink()
+        return self.basis[:, : self.rank].contiguous()
+
+    def _shrink(self) -> None:
+        self.used, taken = _shrink(self.basis, self.used, self.rank)
+        self.bound += taken
+
+
 def frequent_directions(columns: Iterable[Tensor], rank: int, like: Tensor) -> tuple[Tensor, float]:
     """B [n, rank] and δ, for blocks of columns of U [n, any].
 
@@ -23,18 +57,10 @@ def frequent_directions(columns: Iterable[Tensor], rank: int, like: Tensor) -> t
         rank: of B.
         like: a tensor [n] of the dtype and device of B.
     """
-    n = like.shape[0]
-    basis, used, bound = like.new_zeros(n, 2 * rank), 0, 0.0
+    sketch = Sketch(rank, like)
     for block in columns:
-        if used + block.shape[1] > 2 * rank:
-            used, taken = _shrink(basis, used, rank)
-            bound += taken
-        basis[:, used : used + block.shape[1]] = block
-        used += block.shape[1]
-    if used > rank:
-        used, taken = _shrink(basis, used, rank)
-        bound += taken
-    return basis[:, :rank].contiguous(), bound
+        sketch.append(block)
+    return sketch.factor(), sketch.bound
 
 
 def _shrink(basis: Tensor, used: int, rank: int) -> tuple[int, float]:

@@ -22,6 +22,7 @@ from fisherkern.curvature import (
     EigenCurvature,
     KroneckerCurvature,
     LayerCurvature,
+    LowRankCurvature,
     WideCurvature,
 )
 from fisherkern.curvature.head import Kept
@@ -114,6 +115,24 @@ class Elementwise(Solver):
 
 
 @dataclass
+class LowRank(Solver):
+    """(D + B Bᵀ + λ)⁻¹ of all parameters of a layer at once."""
+
+    diagonal: Tensor
+    factor: Tensor
+    damping: Tensor
+
+    def __post_init__(self) -> None:
+        """Make the operator, which keeps its factorisation."""
+        self._operator = DiagonalPlusLowRank(self.diagonal, self.factor)
+
+    def solve(self, gradient: Tensor) -> Tensor:
+        """The Woodbury identity."""
+        solved = self._operator.solve(gradient.reshape(-1), float(self.damping))
+        return solved.reshape(gradient.shape)
+
+
+@dataclass
 class Dense(Solver):
     """(F + λ)⁻¹ of all parameters of a layer at once."""
 
@@ -151,7 +170,7 @@ class Wide(Solver):
 
 
 KINDS: dict[str, type[Solver]] = {
-    kind.__name__: kind for kind in (Inverses, Eigenbases, Elementwise, Dense, Wide)
+    kind.__name__: kind for kind in (Inverses, Eigenbases, Elementwise, LowRank, Dense, Wide)
 }
 
 
@@ -178,6 +197,9 @@ def solver(curvature: LayerCurvature, damping: Damping, before: Solver | None) -
     if isinstance(curvature, BlockCurvature):
         F = curvature.matrix()
         return Dense(damped_inverse(F, damping.value)) if F.any() else None
+    if isinstance(curvature, LowRankCurvature):
+        D, B = map(finite, curvature.parts())
+        return LowRank(D, B, D.new_tensor(damping.value)) if D.any() or B.any() else None
     assert isinstance(curvature, DiagonalCurvature)
     squares = finite(curvature.squares.mean())
     return Elementwise(squares + damping.value) if squares.any() else None

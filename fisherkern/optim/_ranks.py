@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fisherkern.curvature import EMACovariance, LayerCurvature, WideCurvature
 from fisherkern.curvature._average import MovingAverage
+from fisherkern.curvature.low_rank import SketchedAverage
 from fisherkern.optim._layers import Solver
 from fisherkern.optim._layers import made as rebuilt
 
@@ -116,12 +117,17 @@ class Ranks:
             whole = type(average).merge([average])
             self._sum(whole._sum, owner, isinstance(whole, EMACovariance))
             self._sum(whole._count, owner, False)
+            if isinstance(whole, SketchedAverage):
+                whole.join(self._gathered(whole.columns))
             setattr(joint, name, whole)
         if isinstance(joint, WideCurvature):
-            parts: list[Any] = [None] * self.size
-            dist.all_gather_object(parts, joint.extra_state(), group=self.group)
-            joint.join(parts)
+            joint.join(self._gathered(joint.extra_state()))
         return joint
+
+    def _gathered(self, value: Any) -> list[Any]:
+        parts: list[Any] = [None] * self.size
+        dist.all_gather_object(parts, value, group=self.group)
+        return parts
 
     def _sum(self, total: Tensor, owner: int | None, symmetric: bool) -> None:
         sent = total

@@ -42,7 +42,8 @@ class KFACPreconditioner:
         model: to train; the module inside a DistributedDataParallel.
         damping: λ > 0, in the units of the Fisher of the mean loss.
         damping_mode: "pi": √λ / π for G and π √λ for A, which share it out by their traces;
-            "per-factor": λ for each; "exact": λ for their product, by eigendecompositions.
+            "per-factor": λ for each; "exact": λ for their product, by eigendecompositions, of which
+            a wide layer has none: it is damped as by "pi". "ekfac" is always damped exactly.
         ema_decay: β of the averages, the weight of the old value.
         factor_update_period: steps per capture.
         inverse_update_period: steps per refresh of the inverses, at least the first.
@@ -57,7 +58,8 @@ class KFACPreconditioner:
         terms_of: (kwargs, logits) to the bool mask of the terms of the loss; None: where
             ``labels`` are not −100, shifted by one for a causal model.
         loss_scale: of "empirical": gives what the loss is multiplied by, such as
-            ``scaler.get_scale``.
+            ``scaler.get_scale``, beside what transformers' models do themselves where they are told
+            ``num_items_in_batch``.
         group: process group of data parallelism; None: the default one, if there is one.
         options: of :class:`fisherkern.curvature.Capture`.
 

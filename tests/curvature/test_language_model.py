@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -299,6 +300,24 @@ def test_a_layer_in_the_middle_may_be_wide() -> None:
     G = found.outputs()
     assert G is not None
     assert cases.error(G.to_dense(), kronecker(narrow)[name].G.factor()) < cases.EXACT
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fisher_type", ["mc", "empirical"])
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_are_the_same_bits(name: str, fisher_type: str, dtype: torch.dtype) -> None:
+    model, x = peaked(MODELS[name]()).to(dtype), text(2, 5)
+    fisher = Capture(model, fisher_type=fisher_type, widest=64)
+    results = []
+    for captured in (False, True):
+        model.zero_grad()
+        with fisher.attach().batch(terms=8) if captured else nullcontext():
+            output = model(x, labels=x)
+            if captured and fisher_type == "mc":
+                fisher.add(output.logits)
+            output.loss.backward()
+        results.append([output.loss.detach(), *(p.grad for p in model.parameters())])
+    assert all(map(torch.equal, *results))
 
 
 # ---- memory -------------------------------------------------------------------------------------

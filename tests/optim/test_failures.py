@@ -241,7 +241,10 @@ def test_a_layer_without_any_inverse_takes_adamw() -> None:
     assert "momentum_buffer" in optimizer.state[model.lower.weight]
 
 
-def test_a_layer_that_is_never_called_takes_adamw() -> None:
+@pytest.mark.parametrize("structure", ["kfac", "ekfac", "diagonal", "block"])
+def test_a_layer_that_is_never_called_takes_adamw(structure: str) -> None:
+    """Its curvature is zero, and its gradient is not."""
+
     class Extra(Tokens):
         def __init__(self) -> None:
             super().__init__()
@@ -251,7 +254,7 @@ def test_a_layer_that_is_never_called_takes_adamw() -> None:
             return super().forward(tokens) + (self.extra.weight.sum() + self.extra.bias.sum()) * 0.1
 
     model = filled(Extra())
-    optimizer = KFAC(model, **OPTIONS)
+    optimizer = KFAC(model, structure=structure, **OPTIONS)
     train(model, optimizer, range(2))
     assert optimizer.fallback()["extra.weight"] == "its module was never called"
     assert "exp_avg" in optimizer.state[model.extra.weight]
