@@ -29,8 +29,8 @@ def default_logits(output: Any) -> Tensor:
     """
     if isinstance(output, Mapping):
         logits = output.get("logits")
-    elif isinstance(output, (tuple, list)):
-        logits = output[0]
+    elif isinstance(output, (tuple, list)):  # the loss comes first, where there is one
+        logits = next((x for x in output if isinstance(x, Tensor) and x.ndim > 1), None)
     else:
         logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor):

@@ -50,7 +50,7 @@ class Capture:
             all.
         widest: output widths beyond which G is not kept as a matrix but as the rows of some tokens,
             see `stride`: the head of a language model.
-        stride: tokens of a sample of which such a layer keeps one.
+        stride: tokens that count in a sample, of which such a layer keeps one.
         exact_positions: of "type-2" with several terms per sample: pull back one position at a
             time, S times the passes, and exact. Otherwise products of different positions, which
             the Fisher does not have, cancel by signs: unbiased.

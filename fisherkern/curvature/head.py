@@ -1,8 +1,8 @@
 """WideCurvature: of a layer of so many outputs that G is no matrix, as a language model's head.
 
-G is that of the tokens of the last step, one in `stride` positions of each sample. Where the
-outputs of the layer are the logits, its Fisher is D̄ − U Uᵀ and kept as logits; else the gradients
-themselves are kept, G = U Uᵀ.
+G is that of the tokens of the last step, one in `stride` of those that count in each sample. Where
+the outputs of the layer are the logits, its Fisher is D̄ − U Uᵀ and kept as logits; else the
+gradients themselves are kept, G = U Uᵀ.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ class WideCurvature(LayerCurvature):
         if self._output() is not logits:
             return
         B, S = samples(logits.shape[:-1])
-        kept = logits.detach().reshape(B, S, -1)[:, :: self.stride].flatten(0, 1)
-        if mask is not None:
-            kept = kept[mask.reshape(B, S)[:, :: self.stride].flatten()]
+        over = None if mask is None else mask.reshape(B, S)
+        chosen, _ = self._chosen(B, S, over, logits.device)
+        kept = logits.detach().reshape(B, S, -1)[chosen]
         if bool((kept.isnan() | kept.isposinf()).any()):
             return  # nor are the gradients finite, and the layer will be left out
         self._begin()
-        self._kept.logits.append(kept.clone())
+        self._kept.logits.append(kept)
 
     def add_gradients(
         self, x: Callable[[], Tensor], g: Tensor, mask: Tensor | None, scale: float
@@ -69,12 +69,20 @@ class WideCurvature(LayerCurvature):
         if self._kept.logits and not self._stale:
             return
         rows = self.layer.gradient_rows(g)
-        over = rows.new_ones(rows.shape[:2], dtype=torch.bool) if mask is None else mask
-        kept = rows[:, :: self.stride][over[:, :: self.stride]].to(self._dtype)
-        # those that are kept stand for all
-        share = len(kept) / max(int(over.sum()), 1)
+        chosen, valid = self._chosen(*rows.shape[:2], mask, g.device)
+        kept = rows[chosen].to(self._dtype)
         self._begin()
-        self._kept.gradients.append(kept * (scale / share) ** 0.5 if share else kept)
+        self._kept.gradients.append(kept * scale**0.5)
+        self._kept.rows += valid
+
+    def _chosen(
+        self, samples: int, positions: int, mask: Tensor | None, device: torch.device
+    ) -> tuple[Tensor, int]:
+        """One in `stride` of the tokens of a sample that count [B, S], and how many count."""
+        if mask is None:
+            mask = torch.ones(samples, positions, dtype=torch.bool, device=device)
+        number = mask.cumsum(1) - 1
+        return mask & (number % self.stride == 0), int(mask.sum())
 
     def _begin(self) -> None:
         if self._stale:
@@ -165,6 +173,8 @@ class Kept:
     logits: list[Tensor] = field(default_factory=list)
     gradients: list[Tensor] = field(default_factory=list)
     terms: float = 0.0
+    rows: int = 0
+    """Of gradients, kept or not: those that are kept stand for all."""
 
     def operator(self) -> SoftmaxFisher | DiagonalPlusLowRank | None:
         """G on [V]; None where there are no tokens."""
@@ -172,7 +182,9 @@ class Kept:
             return SoftmaxFisher(torch.cat(self.logits))
         if not self.gradients or not self.terms:
             return None
-        factor = torch.cat(self.gradients).mT / self.terms**0.5
+        kept = torch.cat(self.gradients)
+        scale = (self.rows / max(len(kept), 1) / self.terms) ** 0.5
+        factor = kept.mT * scale
         return DiagonalPlusLowRank(factor.new_zeros(len(factor)), factor.contiguous())
 
     def joined(self, other: Kept) -> Kept:
@@ -181,6 +193,7 @@ class Kept:
             [*self.logits, *other.logits],
             [*self.gradients, *other.gradients],
             self.terms + other.terms,
+            self.rows + other.rows,
         )
 
     def to(self, device: torch.device) -> Kept:

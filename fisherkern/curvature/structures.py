@@ -207,13 +207,16 @@ class EigenCurvature(KroneckerCurvature):
         self.rebase((torch.linalg.eigh(G)[1], torch.linalg.eigh(A)[1]))
 
     def rebase(self, bases: tuple[Tensor, Tensor], eigenvalues: Tensor | None = None) -> None:
-        """Take these bases, and start Λ from zero or from eigenvalues of the weight that G has."""
+        """Take these bases; start Λ from zero, or from eigenvalues with the weight of a step."""
         self.bases = bases
         self.moments = self.moments._like()
         if eigenvalues is not None:
             self.G.settle()
-            self.moments._count.copy_(self.G._count)
-            self.moments._sum.copy_(eigenvalues * self.G._count)
+            # of the steps that G averages over, one: what comes is to tell soon
+            beta = self.G.ema_decay
+            weight = self.G._count if beta is None else self.G._count * (1 - beta)
+            self.moments._count.copy_(weight)
+            self.moments._sum.copy_(eigenvalues * weight)
 
     def add_gradients(
         self, x: Callable[[], Tensor], g: Tensor, mask: Tensor | None, scale: float

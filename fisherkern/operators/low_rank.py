@@ -90,6 +90,8 @@ class DiagonalPlusLowRank(LowRankOperator):
         gram_matrix = u.new_zeros((r, r) if gram else (0, 0))
         if u.numel() == 0:
             return products, gram_matrix
+        if ones and not y.shape[1]:  # kernels append a column of ones, but not to nothing
+            y, ones = u.new_ones(u.shape[0], 1), False
         serving, one = kernels(u, products=True), u.new_ones(1)
         rows = (u if u.stride(1) == 1 else u.contiguous())[None]
         how = (None, None if scale is None else scale.contiguous(), one, 0.0)

@@ -41,8 +41,11 @@ def test_diagonal_and_low_rank(backend: str, kind: type, r: int, with_core: bool
     assert error(A.to_dense(), dense) <= 1e-6
     assert error(A.quadratic(x), x.double().mT @ dense @ x.double()) <= 1e-6
     assert error(A.solve(x, 1e-2), torch.linalg.solve(damped, x.double())) <= 2e-6
-    assert abs(A.logdet(1e-2) - torch.logdet(damped)) <= 2e-6 * N
-    assert error(A.inverse_diagonal(1e-2), torch.linalg.inv(damped).diagonal()) <= 2e-6
+    for B in (A, kind(d, u, core if with_core else None)):  # after a solve, and before any
+        assert abs(B.logdet(1e-2) - torch.logdet(damped)) <= 2e-6 * N
+    B = kind(d, u, core if with_core else None)
+    for C in (A, B):
+        assert error(C.inverse_diagonal(1e-2), torch.linalg.inv(damped).diagonal()) <= 2e-6
 
 
 def test_indefinite_operator_is_refused(backend: str) -> None:

@@ -149,8 +149,10 @@ def test_embeddings_under_ekfac_are_kronecker() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("kind", [Tokens, Images])
-@pytest.mark.parametrize("structure", ["diagonal", "block"])
-def test_diagonal_and_block(structure: str, kind: type[nn.Module], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("structure", ["diagonal", "block", "low-rank"])
+def test_diagonal_block_and_low_rank(
+    structure: str, kind: type[nn.Module], dtype: torch.dtype
+) -> None:
     model = filled(kind(), dtype)
     made, before, after = natural(model, structure=structure)
     for name, module in model.named_children():
@@ -158,6 +160,8 @@ def test_diagonal_and_block(structure: str, kind: type[nn.Module], dtype: torch.
         if structure == "diagonal":
             diagonal = {f"{name}.{role}": v for role, v in layer.diagonal().items()}
             expected = X / (matrix(module, diagonal, name) + LAMBDA)
+        elif structure == "low-rank":
+            expected = solved(plus_damping(layer.operator().to_dense().double()), X)
         else:
             expected = solved(norm_block(layer), X)
         assert error(matrix(module, after, name), expected) < TOLERANCE[dtype], name
