@@ -69,7 +69,8 @@ class WideCurvature(LayerCurvature):
         if self._kept.logits and not self._stale:
             return
         rows = self.layer.gradient_rows(g)
-        chosen, valid = self._chosen(*rows.shape[:2], mask, g.device)
+        B, S = rows.shape[:2]
+        chosen, valid = self._chosen(B, S, mask, g.device)
         kept = rows[chosen].to(self._dtype)
         self._begin()
         self._kept.gradients.append(kept * scale**0.5)

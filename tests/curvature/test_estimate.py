@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_llama
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -71,14 +72,7 @@ def test_language_models(fisher_type: str) -> None:
     """Labels are those of the next token, and −100 or padding are no terms."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=17,
-        hidden_size=8,
-        intermediate_size=12,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
+    config = tiny_llama.config(vocab_size=17)
     network = transformers.LlamaForCausalLM(config).double()
     tokens = torch.arange(10).view(2, 5) % 17
     labels = tokens.clone()

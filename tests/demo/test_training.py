@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import tiny_llama
 import torch
 
 from fisherkern.demo import report, training
@@ -12,14 +13,7 @@ transformers = pytest.importorskip("transformers")
 
 def tiny() -> torch.nn.Module:
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
+    config = tiny_llama.config(vocab_size=32, hidden_size=16, intermediate_size=24)
     return transformers.LlamaForCausalLM(config).eval()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import tiny_llama
 import torch
 from torch import Tensor
 
@@ -18,20 +19,7 @@ VOCABULARY = 13
 
 def llama(dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """A language model with weights of its own, so that no two layers are alike."""
-    config = transformers.LlamaConfig(
-        **{
-            "vocab_size": VOCABULARY,
-            "hidden_size": 8,
-            "intermediate_size": 12,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "max_position_embeddings": 32,
-            "tie_word_embeddings": False,
-            **changes,
-        }
-    )
-    config._attn_implementation = "eager"
+    config = tiny_llama.config(vocab_size=VOCABULARY, **changes)
     return filled(transformers.LlamaForCausalLM(config), dtype).train()
 
 
