@@ -30,11 +30,11 @@ from fisherkern.optim import KFAC
 
 CONTEXT, BATCH = 128, 16
 HELD_OUT = 64  # windows that the loss is measured on
-RATES = {"AdamW": (1e-3, 2e-3, 4e-3, 8e-3), "KFAC": (0.03, 0.1, 0.3, 1.0)}
+RATES = {"AdamW": (5e-4, 1e-3, 2e-3), "KFAC": (0.1, 0.3, 1.0)}
 OPTIONS: dict[str, Any] = {
-    "momentum": 0.9,
-    "damping": 1e-2,
-    "kl_clip": 1e-3,
+    "momentum": 0.5,
+    "damping": 3e-2,
+    "kl_clip": 3e-2,
     "factor_update_period": 10,
     "inverse_update_period": 100,
     "adam_lr": 2e-3,

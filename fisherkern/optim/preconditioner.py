@@ -45,8 +45,9 @@ class KFACPreconditioner:
             "per-factor": λ for each; "exact": λ for their product, by eigendecompositions, of which
             a wide layer has none: it is damped as by "pi". "ekfac" is always damped exactly.
         ema_decay: β of the averages, the weight of the old value.
-        factor_update_period: steps per capture.
-        inverse_update_period: steps per refresh of the inverses, at least the first.
+        factor_update_period: steps per capture; before the first of them is over there is one at
+            every power of two as well, for averages of few steps change fast.
+        inverse_update_period: steps per refresh of the inverses, which begins likewise.
         inverse: "cholesky", "eigh", or "inverse-free" (Newton–Schulz from the last inverse).
         kl_clip: κ: the update is scaled down to lr² Σ ⟨natural gradient, gradient⟩ <= κ; None:
             never.
@@ -144,13 +145,13 @@ class KFACPreconditioner:
             The id() of every parameter whose gradient was replaced.
         """
         self._follower.end_step()
-        if self.steps % self.inverse_update_period == 0 or not self._solvers:
+        if _due(self.steps, self.inverse_update_period) or not self._solvers:
             self.refresh()
         elif self._follower.due:
             self._reestimate()
         replaced = self._replace(lr if callable(lr) else lambda _: lr)
         self.steps += 1
-        self._follower.due = self.steps % self.factor_update_period == 0
+        self._follower.due = _due(self.steps, self.factor_update_period)
         return replaced
 
     def refresh(self) -> None:
@@ -273,7 +274,7 @@ class KFACPreconditioner:
         self.capture.load_state_dict(state["capture"])
         self._solvers = solvers
         self.steps, self.damping = state["steps"], state["damping"]
-        self._follower.due = self.steps % self.factor_update_period == 0
+        self._follower.due = _due(self.steps, self.factor_update_period)
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Raise what :meth:`load_state_dict` would, and change nothing."""
@@ -286,6 +287,11 @@ class KFACPreconditioner:
         for name, part in state["solvers"].items():
             check_saved(name, part)
         self.capture.check_state(state["capture"])
+
+
+def _due(step: int, period: int) -> bool:
+    """Every `period` steps, and at first at powers of two: averages of few steps change fast."""
+    return step % period == 0 or (step < period and step & (step - 1) == 0)
 
 
 def _gradients(curvature: LayerCurvature) -> dict[str, Tensor] | None:
