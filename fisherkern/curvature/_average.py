@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
@@ -25,7 +26,7 @@ def checked_decay(ema_decay: object) -> float | None:
     return beta
 
 
-class MovingAverage:
+class MovingAverage(ABC):
     """What averages have in common: decay per step, merging, reduction over ranks, saving.
 
     A step may come in parts: :meth:`begin_step` makes the next part decay what is there, and parts
@@ -91,9 +92,9 @@ class MovingAverage:
         n = torch.where(self._count == 0, 1.0, self._count)
         return (self._sum / n).to(self._sum.dtype)
 
+    @abstractmethod
     def _like(self) -> Self:
         """An empty average of the same configuration."""
-        raise NotImplementedError
 
     @classmethod
     def merge(cls, shards: Sequence[Self]) -> Self:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
@@ -47,12 +48,24 @@ class SketchedAverage(DiagonalAverage):
         """B [P, rank] of the mean."""
         self.settle()
         n = torch.where(self._count == 0, 1.0, self._count)
-        return self.sketch.factor() / n.sqrt().to(self._sum.dtype)
+        # cut down to its rank as a copy: to be read must not cost the sketch columns
+        sketch = copy.copy(self.sketch)
+        sketch.basis = sketch.basis.clone()
+        return sketch.factor() / n.sqrt().to(self._sum.dtype)
 
     def merge_(self, other: Self) -> None:
         """The sketches too."""
         super().merge_(other)
         self.sketch.append(other.columns)
+
+    def all_reduced(self, group: Any = None) -> Self:
+        """The sketches too."""
+        merged = super().all_reduced(group)
+        parts: list[Any] = [None] * torch.distributed.get_world_size(group)
+        self.settle()
+        torch.distributed.all_gather_object(parts, self.columns, group=group)
+        merged.join(parts)
+        return merged
 
     @property
     def columns(self) -> Tensor:

@@ -121,6 +121,7 @@ class LowRank(Solver):
     diagonal: Tensor
     factor: Tensor
     damping: Tensor
+    parts = ("diagonal", "factor", "damping")
 
     def __post_init__(self) -> None:
         """Make the operator, which keeps its factorisation."""

@@ -122,6 +122,15 @@ def test_layers_that_are_too_large_are_left_out(monkeypatch: pytest.MonkeyPatch)
         Capture(model(), structure="low-rank", rank=0)
 
 
+def test_reading_does_not_change_what_is_kept() -> None:
+    fisher = captured(model(), cases.drawn(30, 3), structure="low-rank", rank=3)
+    layer = fisher.layers["0"]
+    assert isinstance(layer, LowRankCurvature)
+    before = layer.squares.columns.clone()
+    layer.operator()
+    assert torch.equal(layer.squares.columns, before)
+
+
 def test_averages_say_what_they_are() -> None:
     one = SketchedAverage((2, 3), 4, ema_decay=None)
     assert repr(one).endswith("and a sketch of rank 4")

@@ -32,6 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
     "ekfac": {"structure": "ekfac"},
     "diagonal": {"structure": "diagonal"},
     "block": {"structure": "block"},
+    "low-rank": {"structure": "low-rank", "rank": 100},
     "inverse-free": {"inverse": "inverse-free"},
     "exact": {"damping_mode": "exact"},
     "empirical": EMPIRICAL,

@@ -28,6 +28,7 @@ BEFORE, AFTER = 5, 5
         {"structure": "ekfac", "inverse_update_period": 3},
         {"structure": "diagonal", **PERIODS},
         {"structure": "block", **PERIODS},
+        {"structure": "low-rank", "rank": 4, **PERIODS},
         {"inverse": "inverse-free", **PERIODS},
         {"inverse": "eigh", **PERIODS},
         {"damping_mode": "exact", **PERIODS},
