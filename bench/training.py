@@ -1,15 +1,15 @@
-"""K-FAC against AdamW: a small GPT from scratch on the bytes of WikiText-2, each at its best rate.
+"""K-FAC against AdamW on WikiText-2: a small GPT from scratch, or SmolLM2-135M trained further.
 
-``python -m fisherkern.bench.training --output FOLDER`` gives both as many trials of learning rates
-(seed 0, chosen by the held-out loss at the end), then trains with several seeds at the best one,
-and writes JSON, Markdown and a plot of the loss against steps and against time. Both have the same
-warm-up and cosine decay. Time is that of steps alone, on this machine, one run after another.
+``python -m fisherkern.bench.training --problem gpt --output FOLDER`` gives both as many trials
+(seed 0, chosen by the held-out loss at the end), then trains with several seeds as in the best one,
+and writes JSON, Markdown and a plot of the loss against steps and against time. AdamW takes
+`--steps`, K-FAC `--share` of them; both warm up and decay over their own number of steps. Time is
+that of steps alone, on this machine, one run after another.
 """
 
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import math
 import statistics
@@ -20,68 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 from torch.optim import Optimizer
 
 from fisherkern.bench import results
-from fisherkern.demo import assets
+from fisherkern.bench.training_problems import PROBLEMS, Problem
 from fisherkern.optim import KFAC
 
-CONTEXT, BATCH = 128, 16
-HELD_OUT = 64  # windows that the loss is measured on
-RATES = {"AdamW": (5e-4, 1e-3, 2e-3), "KFAC": (0.1, 0.3, 1.0)}
-OPTIONS: dict[str, Any] = {
-    "momentum": 0.5,
-    "damping": 3e-2,
-    "kl_clip": 3e-2,
-    "factor_update_period": 10,
-    "inverse_update_period": 100,
-    "adam_lr": 2e-3,
-}
-
-
-class Block(nn.Module):
-    """Attention and a perceptron, each after a norm."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, S, d]."""
-        B, S, d = x.shape
-        parts = self.qkv(self.norm1(x)).view(B, S, 3, self.heads, d // self.heads)
-        q, k, v = (part.transpose(1, 2) for part in parts.unbind(2))
-        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(mixed.transpose(1, 2).reshape(B, S, d))
-        return x + self.down(functional.gelu(self.up(self.norm2(x))))
-
-
-class GPT(nn.Module):
-    """Bytes to logits of the byte that follows."""
-
-    def __init__(self, width: int = 192, layers: int = 4, heads: int = 6) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(256, width)
-        self.position = nn.Embedding(CONTEXT, width)
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 256)
-        for name, p in self.named_parameters():
-            if p.ndim > 1:
-                scale = (2 * layers) ** -0.5 if name.endswith(("out.weight", "down.weight")) else 1
-                nn.init.normal_(p, std=0.02 * scale)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """[B, S] to [B, S, 256]."""
-        place = torch.arange(tokens.shape[1]).expand_as(tokens)
-        x = self.embedding(tokens) + self.position(place)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x))
+# Of the steps, the share that the rate rises over, and how often the loss is measured.
+WARM_UP, MEASURED = 20, 20
 
 
 @dataclass
@@ -89,30 +36,24 @@ class Run:
     """One training."""
 
     optimizer: str
-    rate: float
+    trial: dict[str, Any]
     seed: int
     steps: list[int] = field(default_factory=list)
     """At which the loss was measured."""
     losses: list[float] = field(default_factory=list)
-    """Held out, nats per byte."""
+    """Held out."""
     seconds: list[float] = field(default_factory=list)
     """Of training until then."""
 
-
-def _bytes(asset: assets.Asset) -> Tensor:
-    raw = gzip.decompress(assets.fetch(asset).read_bytes())
-    return torch.frombuffer(bytearray(raw), dtype=torch.uint8)
-
-
-def _make(name: str, model: nn.Module, rate: float) -> Optimizer:
-    if name == "AdamW":
-        return torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
-    generator = torch.Generator().manual_seed(0)
-    return KFAC(model, lr=rate, generator=generator, **OPTIONS)
+    @property
+    def final(self) -> float:
+        """The last loss, infinite where there is none that is finite."""
+        last = self.losses[-1]
+        return last if math.isfinite(last) else math.inf
 
 
 def _schedule(steps: int) -> Callable[[int], float]:
-    warm = max(1, steps // 20)
+    warm = max(1, steps // WARM_UP)
 
     def factor(step: int) -> float:
         if step < warm:
@@ -122,60 +63,73 @@ def _schedule(steps: int) -> Callable[[int], float]:
     return factor
 
 
-def train(name: str, rate: float, seed: int, steps: int, data: Tensor, held_out: Tensor) -> Run:
-    """One training from fresh weights; batches depend on the seed alone."""
+def _make(name: str, model: nn.Module, options: dict[str, Any]) -> Optimizer:
+    if name == "AdamW":
+        return torch.optim.AdamW(model.parameters(), **options)
+    return KFAC(model, generator=torch.Generator().manual_seed(0), **options)
+
+
+def train(problem: Problem, name: str, trial: dict[str, Any], seed: int, steps: int) -> Run:
+    """One training; batches depend on the seed alone, and so do fresh weights."""
     torch.manual_seed(seed)
-    model, run = GPT(), Run(name, rate, seed)
-    optimizer = _make(name, model, rate)
+    model, run = problem.model(), Run(name, trial, seed)
+    optimizer = _make(name, model, {**problem.options[name], **trial})
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(steps))
     batches = torch.Generator().manual_seed(seed)
     spent = 0.0
-    for step in range(steps):
-        began = time.perf_counter()
-        start = torch.randint(len(data) - CONTEXT - 1, (BATCH, 1), generator=batches)
-        window = data[start + torch.arange(CONTEXT + 1)].long()
-        optimizer.zero_grad()
-        logits = model(window[:, :-1])
-        functional.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten()).backward()
-        optimizer.step()
-        scheduler.step()
-        spent += time.perf_counter() - began
-        if (step + 1) % max(1, steps // 20) == 0 or step + 1 == steps:
-            run.steps.append(step + 1)
-            run.losses.append(_loss(model, held_out))
-            run.seconds.append(spent)
-            if not math.isfinite(run.losses[-1]):
-                break
+    try:
+        for step in range(1, steps + 1):
+            windows = problem.windows(batches)
+            began = time.perf_counter()
+            optimizer.zero_grad()
+            problem.loss(model, windows).backward()
+            optimizer.step()
+            scheduler.step()
+            spent += time.perf_counter() - began
+            if step % max(1, steps // MEASURED) == 0 or step == steps:
+                run.steps.append(step)
+                run.losses.append(_held_out(problem, model))
+                run.seconds.append(spent)
+                if not math.isfinite(run.losses[-1]):
+                    break
+    finally:
+        if isinstance(optimizer, KFAC):
+            optimizer.preconditioner.detach()  # the next run may be of the same model
     return run
 
 
 @torch.no_grad()
-def _loss(model: nn.Module, windows: Tensor) -> float:
+def _held_out(problem: Problem, model: nn.Module) -> float:
     model.eval()
-    logits = model(windows[:, :-1])
+    parts = problem.held_out.split(problem.batch)
+    total = sum(float(problem.loss(model, part)) * len(part) for part in parts)
     model.train()
-    return float(functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()))
+    return total / len(problem.held_out)
 
 
-def measure(steps: int, seeds: int, data: Tensor, held_out: Tensor) -> list[Run]:
-    """All trials, then all seeds at the best rate; printed as they come."""
+def measure(problem: Problem, steps: dict[str, int], seeds: int) -> list[Run]:
+    """All trials, then all seeds as in the best one; printed as they come."""
     runs = []
-    for name, rates in RATES.items():
-        trials = [train(name, rate, 0, steps, data, held_out) for rate in rates]
-        for trial in trials:
-            print(f"{name} rate {trial.rate:g}: {trial.losses[-1]:.4f}", flush=True)
-        best = min(trials, key=lambda r: r.losses[-1] if math.isfinite(r.losses[-1]) else math.inf)
+    for name, tried in problem.trials.items():
+        trials = [_told(train(problem, name, trial, 0, steps[name])) for trial in tried]
+        best = min(trials, key=lambda run: run.final).trial
         runs += trials
         for seed in range(1, seeds + 1):
-            runs.append(train(name, best.rate, seed, steps, data, held_out))
-            last = runs[-1]
-            print(
-                f"{name} seed {seed}: {last.losses[-1]:.4f} in {last.seconds[-1]:.0f} s", flush=True
-            )
+            runs.append(_told(train(problem, name, best, seed, steps[name])))
     return runs
 
 
-def table(runs: list[Run]) -> str:
+def _told(run: Run) -> Run:
+    options = ", ".join(f"{name} {value:g}" for name, value in run.trial.items())
+    print(
+        f"{run.optimizer} {options}, seed {run.seed}: {run.losses[-1]:.4f} after "
+        f"{run.steps[-1]} steps in {run.seconds[-1]:.0f} s",
+        flush=True,
+    )
+    return run
+
+
+def table(problem: Problem, runs: list[Run]) -> str:
     """Markdown: per seed, the final losses and when K-FAC reached that of AdamW."""
     by = {(r.optimizer, r.seed): r for r in runs if r.seed}
     seeds = sorted({seed for _, seed in by})
@@ -185,7 +139,7 @@ def table(runs: list[Run]) -> str:
     ]
     for seed in seeds:
         adam, kfac = by["AdamW", seed], by["KFAC", seed]
-        reached = [i for i, loss in enumerate(kfac.losses) if loss <= adam.losses[-1]]
+        reached = [i for i, loss in enumerate(kfac.losses) if loss <= adam.final]
         when = seconds = "never"
         if reached:
             when = f"{kfac.steps[reached[0]] / adam.steps[-1]:.2f}"
@@ -195,10 +149,17 @@ def table(runs: list[Run]) -> str:
             f"| {seed} | {adam.losses[-1]:.4f} | {kfac.losses[-1]:.4f} | {when} | {seconds} | "
             f"{cost:.2f} |"
         )
-    return "\n".join(lines) + "\n\nNats per byte, held out; the last three are ratios to AdamW."
+    taken = {name: by[name, seeds[0]].steps[-1] for name in ("AdamW", "KFAC")}
+    tokens = problem.batch * problem.length
+    note = (
+        f"{problem.title}: nats per {problem.unit}, held out, after {taken['AdamW']} steps of "
+        f"AdamW and {taken['KFAC']} of KFAC, of {tokens} {problem.unit}s each. The last three "
+        "columns are ratios to AdamW."
+    )
+    return "\n".join([*lines, "", note])
 
 
-def plot(runs: list[Run], path: Path) -> None:
+def plot(problem: Problem, runs: list[Run], path: Path) -> None:
     """Loss against steps and against seconds."""
     import matplotlib
 
@@ -211,9 +172,10 @@ def plot(runs: list[Run], path: Path) -> None:
         label = run.optimizer if run.seed == 1 else None
         for axis, x in zip(axes, (run.steps, run.seconds), strict=True):
             axis.plot(x, run.losses, color=colours[run.optimizer], label=label)
-    axes[0].set(xlabel="steps", ylabel="held-out loss, nats per byte")
+    axes[0].set(xlabel="steps", ylabel=f"held-out loss, nats per {problem.unit}")
     axes[1].set(xlabel="seconds")
     axes[0].legend()
+    figure.suptitle(problem.title)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
@@ -221,31 +183,35 @@ def plot(runs: list[Run], path: Path) -> None:
 def main() -> None:
     """Train, print and write."""
     parser = argparse.ArgumentParser(prog="python -m fisherkern.bench.training")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--problem", choices=PROBLEMS, default="gpt")
+    parser.add_argument("--steps", type=int, help="of AdamW")
+    parser.add_argument("--share", type=float, default=0.6, help="of them that K-FAC takes")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, help="folder")
     arguments = parser.parse_args()
-    data, held = _bytes(assets.TRAINING_TEXT), _bytes(assets.TEXT)
-    step = len(held) // HELD_OUT
-    held_out = torch.stack([held[i * step :][: CONTEXT + 1] for i in range(HELD_OUT)]).long()
-    runs = measure(arguments.steps, arguments.seeds, data, held_out)
-    text = table(runs)
+    problem = PROBLEMS[arguments.problem]()
+    steps = arguments.steps or problem.steps
+    numbers = {"AdamW": steps, "KFAC": max(1, round(arguments.share * steps))}
+    runs = measure(problem, numbers, arguments.seeds)
+    text = table(problem, runs)
     print(text)
     finals = [
-        statistics.median(r.losses[-1] for r in runs if r.seed and r.optimizer == n) for n in RATES
+        statistics.median(r.losses[-1] for r in runs if r.seed and r.optimizer == name)
+        for name in numbers
     ]
     print(f"median final loss: AdamW {finals[0]:.4f}, KFAC {finals[1]:.4f}")
     if arguments.output is not None:
         arguments.output.mkdir(parents=True, exist_ok=True)
         whole = {
             "environment": results.environment("cpu"),
-            "options": OPTIONS,
-            "tokens_per_step": BATCH * CONTEXT,
+            "problem": problem.title,
+            "options": problem.options,
+            "tokens_per_step": problem.batch * problem.length,
             "runs": [asdict(run) for run in runs],
         }
         (arguments.output / "training.json").write_text(json.dumps(whole, indent=1, default=str))
         (arguments.output / "report.md").write_text(text + "\n")
-        plot(runs, arguments.output / "training.png")
+        plot(problem, runs, arguments.output / "training.png")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fisherkern.curvature._finite import all_finite
 from fisherkern.curvature._ledger import Ledger
 from fisherkern.curvature.head import WideCurvature
 from fisherkern.curvature.layers import shared_by_samples
@@ -115,6 +116,6 @@ class Receiver:
 
 def _finite(values: Tensor, rows: Callable[[Tensor], Tensor], mask: Tensor | None) -> bool:
     """Whether the tokens that count hold neither NaN nor infinity."""
-    if not values.is_floating_point() or bool(values.isfinite().all()):
+    if all_finite([values]):
         return True
     return mask is not None and bool((rows(values).isfinite().all(-1) | ~mask).all())

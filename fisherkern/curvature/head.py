@@ -8,7 +8,6 @@ gradients themselves are kept, G = U Uᵀ.
 from __future__ import annotations
 
 import copy
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
@@ -34,7 +33,7 @@ class WideCurvature(LayerCurvature):
         self._dtype = options["dtype"]
         self._kept = Kept()
         self._stale = False
-        self._output: Callable[[], Tensor | None] = lambda: None
+        self._output: int | None = None  # the node that the last call ended with, by its number
 
     def begin_step(self) -> None:
         """The tokens that are kept give way to those of the next part."""
@@ -43,15 +42,18 @@ class WideCurvature(LayerCurvature):
 
     def observe(self, output: Tensor) -> None:
         """Remember what a call returned, without keeping it alive."""
-        self._output = weakref.ref(output)
+        self._output = _number(output.grad_fn)
 
     def add_inputs(self, x: Tensor, mask: Tensor | None) -> None:
         """A over the rows."""
         self.layer.add_inputs(self.A, x, mask)
 
     def add_logits(self, logits: Tensor, mask: Tensor | None) -> None:
-        """Keep logits of the batch, if they are what the layer returned."""
-        if self._output() is not logits:
+        """Keep logits of the batch, if they are what the layer returned, or a cast of it."""
+        last = logits.grad_fn
+        if type(last).__name__ == "ToCopyBackward0":
+            last = last.next_functions[0][0]
+        if self._output is None or _number(last) != self._output:
             return
         B, S = samples(logits.shape[:-1])
         over = None if mask is None else mask.reshape(B, S)
@@ -165,6 +167,11 @@ class WideCurvature(LayerCurvature):
         for kept, stale in parts:
             if stale == self._stale:
                 self._kept = self._kept.joined(kept)
+
+
+def _number(node: Any) -> int | None:
+    """Of a node of the graph, which no other one has; a node itself would keep the graph alive."""
+    return None if node is None else node._sequence_nr()
 
 
 @dataclass

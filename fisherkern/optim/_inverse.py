@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fisherkern.curvature._finite import all_finite
+
 INVERSES = ("cholesky", "eigh", "inverse-free")
 # Newton–Schulz: the ‖I − M X‖_F / √n that is aimed at, the largest that is taken where rounding
 # keeps it from that, and the iterations it may take: two or three from a near start, for each
@@ -34,7 +36,7 @@ def damped_inverse(factor: Tensor, damping: float) -> Tensor:
         cholesky, info = torch.linalg.cholesky_ex(damped)
         if not bool(info != 0):
             inverse = torch.cholesky_inverse(cholesky).to(factor.dtype)
-            if bool(inverse.isfinite().all()):
+            if all_finite([inverse]):
                 return inverse
     raise _failure(factor, damping)
 
@@ -126,7 +128,7 @@ def finite(values: Tensor) -> Tensor:
     Raises:
         torch.linalg.LinAlgError: they are not finite.
     """
-    if not bool(values.isfinite().all()):
+    if not all_finite([values]):
         raise torch.linalg.LinAlgError("the factor holds NaN or infinity")
     return values
 

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from fisherkern import checks
+from fisherkern.curvature._finite import all_finite
 from fisherkern.optim.preconditioner import KFACPreconditioner, dense, unwrapped
 
 # Levenberg–Marquardt: how the damping changes with the reduction ratio, per step.
@@ -29,7 +30,8 @@ class KFAC(Optimizer):
     Args:
         model: to train, see :class:`KFACPreconditioner`.
         params: parameters of the model, or groups of them; None: all that require grad.
-        lr: of the natural gradient.
+        lr: of the natural gradient. For `kl_clip` the one given here counts, or what a schedule
+            makes of it where that is larger: a schedule scales steps that are clipped too.
         momentum: μ in [0, 1) of the natural gradient; the new one has weight 1.
         weight_decay: of both kinds of parameters.
         adam_lr: learning rate of the parameters without a factor; a scheduler scales it with `lr`.
@@ -137,7 +139,7 @@ class KFAC(Optimizer):
         gradients = [dense(p.grad) for p in self._stepped()]
         if not gradients:
             return loss
-        if not _all_finite(gradients):
+        if not all_finite(gradients):
             self.preconditioner.skip()
             if not self._warned:
                 self._warned = True
@@ -150,12 +152,18 @@ class KFAC(Optimizer):
         period, before = self.damping_period, []
         if period is not None and self.preconditioner.steps % period == 0:
             before = [(p, p.detach().clone(), dense(p.grad).clone()) for p in self._stepped()]
-        rates = {id(p): float(g["lr"]) for g in self.param_groups for p in g["params"]}
+        # of the rate that a schedule scales: a step that is clipped follows the schedule too
+        rates = {
+            id(p): max(float(g["lr"]), float(g["base_lr"]))
+            for g in self.param_groups
+            for p in g["params"]
+        }
         natural = self.preconditioner.step(lambda p: rates.get(id(p), 0.0))
         for group in self.param_groups:
             mine = [p for p in group["params"] if p.grad is not None]
-            for p in mine:
-                p.mul_(1 - _rate(group, id(p) in natural) * group["weight_decay"])
+            if group["weight_decay"]:
+                for p in mine:
+                    p.mul_(1 - _rate(group, id(p) in natural) * group["weight_decay"])
             self._natural_step([p for p in mine if id(p) in natural], group)
             self._adam_step([p for p in mine if id(p) not in natural], group)
         self._predict(before)
@@ -166,13 +174,15 @@ class KFAC(Optimizer):
         return [p for g in self.param_groups for p in g["params"] if p.grad is not None]
 
     def _natural_step(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        if not params:
+            return
         for p in params:
-            assert p.grad is not None
-            state = self.state[p]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(p)
-            buffer = state["momentum_buffer"].mul_(group["momentum"]).add_(p.grad)
-            p.add_(buffer, alpha=-group["lr"])
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        buffers = [self.state[p]["momentum_buffer"] for p in params]
+        torch._foreach_mul_(buffers, group["momentum"])
+        torch._foreach_add_(buffers, [p.grad for p in params if p.grad is not None])
+        torch._foreach_add_(params, buffers, alpha=-float(group["lr"]))
 
     def _adam_step(self, params: list[Tensor], group: dict[str, Any]) -> None:
         if not params:
@@ -275,12 +285,6 @@ def _rate(group: dict[str, Any], natural: bool) -> float:
         return float(group["lr"])
     base = group["base_lr"]
     return float(group["adam_lr"] * group["lr"] / base) if base else 0.0
-
-
-def _all_finite(tensors: list[Tensor]) -> bool:
-    # an empty tensor has no largest element
-    norms = torch._foreach_norm([t for t in tensors if t.numel()], float("inf"))
-    return all(bool(norm.isfinite()) for norm in norms)
 
 
 def _groups(model: nn.Module, params: Iterable[Any] | None) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fisherkern import checks
 from fisherkern.curvature import Capture, EigenCurvature, LayerCurvature
+from fisherkern.curvature._finite import all_finite
 from fisherkern.curvature._models import Arguments
 from fisherkern.optim._follow import Follower
 from fisherkern.optim._inverse import INVERSES
@@ -179,7 +180,7 @@ class KFACPreconditioner:
             made = self._solvers.get(name)
             if isinstance(curvature, EigenCurvature) and isinstance(made, Eigenbases):
                 moments = self._ranks.mean(curvature.moments)
-                if bool(moments.isfinite().all()):
+                if all_finite([moments]):
                     made.denominators = moments + self.damping
 
     def _warn(self, name: str, error: Exception, before: Solver | None) -> None:
@@ -192,14 +193,14 @@ class KFACPreconditioner:
     @torch.no_grad()
     def _replace(self, lr: Callable[[nn.Parameter], float]) -> set[int]:
         natural: list[tuple[nn.Parameter, Tensor]] = []
-        size = 0.0
+        sizes: list[Tensor] = []
         for name, made in self._solvers.items():
             curvature = self.capture.layers[name]
             given = _gradients(curvature)
             if given is None:
                 continue
             solved = curvature.layer.split(made.solve(curvature.layer.matrix(given)))
-            if not all(bool(value.isfinite().all()) for value in solved.values()):
+            if not all_finite(solved.values()):
                 self._warn(name, ArithmeticError("its natural gradient is not finite"), None)
                 continue
             for role, value in solved.items():
@@ -208,14 +209,19 @@ class KFACPreconditioner:
                     continue
                 natural.append((p, value))
                 if self.kl_clip is not None:
-                    size += lr(p) ** 2 * float((value * given[role]).sum())
-        scale = 1.0
-        if self.kl_clip is not None and size > self.kl_clip:
-            scale = math.sqrt(self.kl_clip / size)
+                    sizes.append((value * given[role]).sum() * lr(p) ** 2)
+        scale = self._scale(sizes)
         for p, value in natural:
             assert p.grad is not None
-            p.grad.copy_(value.mul_(scale))
+            torch.mul(value, scale, out=p.grad)
         return {id(p) for p, _ in natural}
+
+    def _scale(self, sizes: list[Tensor]) -> float:
+        """What keeps lr² Σ ⟨natural gradient, gradient⟩ below its bound, given the terms."""
+        if self.kl_clip is None or not sizes:
+            return 1.0
+        size = float(torch.stack([s.to(sizes[0].device, torch.float64) for s in sizes]).sum())
+        return math.sqrt(self.kl_clip / size) if size > self.kl_clip else 1.0
 
     def skip(self) -> None:
         """End a step whose gradients are of no use, without one."""

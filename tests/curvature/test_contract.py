@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -498,3 +499,26 @@ def test_without_decay_steps_are_averaged_alike() -> None:
     truth = cases.block(model, model.seldom, model(x[:4], True)).diagonal() * 4 / 6
     diagonal = cases.matrix(model.seldom, fisher.layers["seldom"].diagonal()).flatten()
     assert cases.error(diagonal, truth) < EXACT
+
+
+@pytest.mark.parametrize(
+    ("change", "kept"),
+    [
+        (lambda z: z, True),
+        (lambda z: z.double(), True),
+        (lambda z: z.bfloat16(), True),
+        (lambda z: z * 2, False),
+        (lambda z: z.mul_(2), False),
+        (lambda z: z.double() * 2, False),
+        (lambda z: z.flip(-1), False),
+    ],
+    ids=["as-it-is", "double", "bfloat16", "scaled", "in-place", "cast-scaled", "permuted"],
+)
+def test_a_wide_layer_knows_its_logits(change: Callable[[Tensor], Tensor], kept: bool) -> None:
+    """Those of the model are its own as they are and cast; after anything else gradients count."""
+    model = cases.filled(nn.Linear(3, 5))
+    with capture(model, widest=2, stride=1) as fisher, fisher.batch():
+        fisher.add(change(model(cases.drawn(4, 7, 3))))
+    layer = fisher.layers[""]
+    assert isinstance(layer, WideCurvature)
+    assert (len(layer.kept.logits), len(layer.kept.gradients)) == ((1, 0) if kept else (0, 1))

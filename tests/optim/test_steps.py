@@ -59,6 +59,23 @@ def test_kl_clip_takes_the_rates_of_the_groups() -> None:
         assert error(p - old[name], change) < 1e-9, name
 
 
+@pytest.mark.parametrize("factor", [0.1, 1.0, 3.0])
+def test_a_schedule_scales_a_step_that_is_clipped(factor: float) -> None:
+    """The bound is met at the rate of the constructor, below it the step shrinks with the rate."""
+    model = filled(Images(), torch.float64)
+    natural = naturals(model)
+    optimizer = KFAC(model, lr=2.0, momentum=0.0, kl_clip=1e-4, **OPTIONS)
+    for group in optimizer.param_groups:
+        group["lr"] = 2.0 * factor
+    before, old = differentiate(model), cases.parameters(model)
+    size = 4.0 * sum(float((natural[n] * before[n]).sum()) for n in natural)
+    assert size > 1e-4
+    optimizer.step()
+    for name, p in cases.parameters(model).items():
+        change = -2.0 * min(factor, 1.0) * (1e-4 / size) ** 0.5 * natural[name]
+        assert error(p - old[name], change) < 1e-9, name
+
+
 def test_momentum_and_decoupled_weight_decay() -> None:
     """m ← μ m + natural gradient; p ← p (1 − lr · decay) − lr m."""
     model = filled(Tokens(), torch.float64)

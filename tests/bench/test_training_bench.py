@@ -1,0 +1,117 @@
+"""The training bench, on a problem of a few parameters."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fisherkern.bench import training
+from fisherkern.bench.training import Run
+from fisherkern.bench.training_problems import GPT, Problem
+
+KFAC = {"lr": 0.5, "damping": 1e-2}
+
+
+class Bigram(nn.Module):
+    """Each token predicts the next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(7, 5), nn.Linear(5, 7)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.embedding(tokens))
+
+
+def loss(model: nn.Module, windows: Tensor) -> Tensor:
+    logits = model(windows[:, :-1])
+    return functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+
+
+@pytest.fixture
+def problem() -> Problem:
+    text = torch.arange(7).repeat(50)
+    return Problem(
+        title="Counting",
+        unit="token",
+        model=Bigram,
+        loss=loss,
+        text=text,
+        held_out=torch.stack([text[i : i + 9] for i in range(5)]),
+        batch=2,
+        steps=20,
+        options={"AdamW": {"weight_decay": 0.0}, "KFAC": KFAC},
+        trials={
+            "AdamW": ({"lr": 1e-5}, {"lr": 3e-2}),
+            "KFAC": ({"kl_clip": 1e-6}, {"kl_clip": 1e-2}),
+        },
+    )
+
+
+def test_trials_then_seeds_as_in_the_best(problem: Problem) -> None:
+    runs = training.measure(problem, {"AdamW": 20, "KFAC": 10}, seeds=2)
+    assert [(run.optimizer, run.seed) for run in runs] == [
+        (name, seed) for name in ("AdamW", "KFAC") for seed in (0, 0, 1, 2)
+    ]
+    assert runs[2].trial == runs[3].trial == {"lr": 3e-2}
+    assert runs[6].trial == runs[7].trial == {"kl_clip": 1e-2}
+    assert [run.steps[-1] for run in runs] == [20] * 4 + [10] * 4
+    assert all(run.final < run.losses[0] for run in runs)
+    assert all(run.seconds == sorted(run.seconds) for run in runs)
+
+
+def test_a_run_is_that_of_its_seed(problem: Problem) -> None:
+    first, again, other = (
+        training.train(problem, "KFAC", {"kl_clip": 1e-2}, seed, 5).losses for seed in (1, 1, 2)
+    )
+    assert first == again
+    assert first != other
+
+
+def test_the_loss_is_the_mean_over_all_windows(problem: Problem) -> None:
+    model = Bigram()
+    whole = float(loss(model, problem.held_out).detach())
+    assert abs(training._held_out(problem, model) - whole) < 1e-6
+    assert model.training
+
+
+def test_the_table(problem: Problem) -> None:
+    """0.25: the second of four measurements is the first that is at AdamW's last loss."""
+    runs = [
+        Run("AdamW", {}, 1, [10, 20, 30, 40], [4.0, 3.0, 2.5, 2.0], [1.0, 2.0, 3.0, 4.0]),
+        Run("KFAC", {}, 1, [5, 10, 15, 20], [3.0, 2.0, 1.5, 1.0], [1.0, 2.0, 3.0, 4.0]),
+        Run("AdamW", {}, 2, [40], [2.0], [4.0]),
+        Run("KFAC", {}, 2, [20], [float("nan")], [4.0]),
+    ]
+    rows = training.table(problem, runs).splitlines()
+    assert rows[2] == "| 1 | 2.0000 | 1.0000 | 0.25 | 0.50 | 2.00 |"
+    assert rows[3] == "| 2 | 2.0000 | nan | never | never | 2.00 |"
+    assert "40 steps of AdamW and 20 of KFAC, of 16 tokens each" in rows[-1]
+
+
+def test_files(
+    problem: Problem, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setitem(training.PROBLEMS, "gpt", lambda: problem)
+    monkeypatch.setattr("sys.argv", ["training", "--output", str(tmp_path / "x"), "--seeds", "1"])
+    training.main()
+    written = json.loads((tmp_path / "x" / "training.json").read_text())
+    assert len(written["runs"]) == 6
+    assert written["runs"][-1]["steps"][-1] == 12
+    assert (tmp_path / "x" / "training.png").stat().st_size > 1000
+    assert (tmp_path / "x" / "report.md").read_text().strip() in capsys.readouterr().out
+
+
+def test_the_gpt_sees_no_later_byte() -> None:
+    model = GPT(width=8, layers=2, heads=2, context=6)
+    tokens = torch.arange(12).reshape(2, 6)
+    other = tokens.clone()
+    other[:, 4:] += 1
+    before, after = model(tokens), model(other)
+    assert torch.equal(before[:, :4], after[:, :4])
+    assert not torch.equal(before[:, 4:], after[:, 4:])
