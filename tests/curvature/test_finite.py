@@ -27,7 +27,9 @@ def test_one_bad_value(dtype: torch.dtype, bad: float, place: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_largest_values_are_finite(dtype: torch.dtype) -> None:
     most = torch.finfo(dtype).max
-    assert all_finite([torch.full((1000,), most, dtype=dtype), torch.tensor([-most, most], dtype=dtype)])
+    assert all_finite(
+        [torch.full((1000,), most, dtype=dtype), torch.tensor([-most, most], dtype=dtype)]
+    )
 
 
 def test_what_holds_no_floats_is_finite() -> None:
