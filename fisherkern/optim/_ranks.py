@@ -24,6 +24,7 @@ from fisherkern.curvature._average import MovingAverage
 from fisherkern.curvature.low_rank import SketchedAverage
 from fisherkern.optim._layers import Solver
 from fisherkern.optim._layers import made as rebuilt
+from fisherkern.optim._packed import packed, unpack_
 
 Make = Callable[[str, LayerCurvature], Solver | None]
 """Gives the solver of the layer of a name, for this curvature."""
@@ -130,16 +131,13 @@ class Ranks:
         return parts
 
     def _sum(self, total: Tensor, owner: int | None, symmetric: bool) -> None:
-        sent = total
-        if symmetric:
-            rows, columns = torch.tril_indices(*total.shape, device=total.device)
-            sent = total[rows, columns]
+        sent = packed(total) if symmetric else total
         if owner is None:
             dist.all_reduce(sent, group=self.group)
         else:
             dist.reduce(sent, self._global(owner), group=self.group)
         if symmetric:
-            total[rows, columns] = sent
+            unpack_(total, sent)
 
     def _sent(self, value: Tensor | None, part: Any, owner: int) -> Tensor | None:
         """A part of a solver as the owner has it, by its description."""
