@@ -13,6 +13,7 @@ gradients are summed. Such modules, and those of indices, have it at a copy of t
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -68,6 +69,8 @@ class Tap:
         receiver: Receiver,
     ) -> None:
         self._anchor, self._at_input, self._receiver = anchor, at_input, receiver
+        # a copy of the model, as for an average of its weights, takes the hooks along
+        self._module = weakref.ref(module)
         self._node: Any = None
         self._input: Tensor | None = None
         # a compiled model breaks its graph here; the import of the compiler waits until now
@@ -89,6 +92,8 @@ class Tap:
     def _before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if module is not self._module():
+            return None
         self.forget()
         if not (self._receiver.follow() and torch.is_grad_enabled()):
             return None
@@ -104,6 +109,8 @@ class Tap:
         return ((probed, *args[1:]), kwargs) if args else (args, {**kwargs, name: probed})
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> Tensor | None:
+        if module is not self._module():
+            return None
         node, x = self._node, self._input
         self.forget()
         if not isinstance(output, Tensor) or (node is None and x is None):

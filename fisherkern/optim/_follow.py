@@ -6,6 +6,7 @@ it returns, so that a training loop, or transformers' Trainer, needs no change.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -45,6 +46,7 @@ class Follower:
         loss_scale: Callable[[], float],
     ) -> None:
         self._capture = capture
+        self._model = weakref.ref(model)  # a copy of the model takes the hooks along
         self._mask_of = mask_of or default_mask
         self._logits_of = logits_of or default_logits
         self._terms_of = terms_of or self._default_terms
@@ -54,10 +56,18 @@ class Follower:
         self._new_step = True
         self._open: AbstractContextManager[Any] | None = None
         self._follows = False  # the call of the model that is going on
+
+        def before(*call: Any) -> None:
+            self._before(*call)
+
+        def after(*call: Any) -> None:
+            self._after(*call)
+
+        # functions, for a copy of the model copies bound methods, and with them all factors
         self._handles = [
             # a model that is itself a layer: the batch opens before its tap, and closes after it
-            model.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True),
-            model.register_forward_hook(self._after, with_kwargs=True),
+            model.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
+            model.register_forward_hook(after, with_kwargs=True),
         ]
 
     def remove(self) -> None:
@@ -78,6 +88,8 @@ class Follower:
             opened.__exit__(type(error) if error else None, error, None)
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if model is not self._model():
+            return
         self._follows = False
         if not torch.is_grad_enabled():
             return  # the backward pass of the batch that is open may be still to come
@@ -96,7 +108,7 @@ class Follower:
     def _after(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        if not self._follows:
+        if model is not self._model() or not self._follows:
             return
         self._follows = False
         try:

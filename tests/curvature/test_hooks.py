@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -99,6 +100,17 @@ def test_the_training_step_is_the_same_bits(
         assert torch.equal(one, after)
     assert hooks_of(model) == before
     assert fisher.layers["head"].diagonal()["weight"].norm() > 0
+
+
+def test_a_copy_of_the_model_is_not_followed() -> None:
+    """It takes the hooks along, as deep copies of modules do."""
+    model = cases.filled(Zoo())
+    with capture(model, fisher_type="empirical") as fisher, fisher.batch(terms=10):
+        copied = copy.deepcopy(model)
+        loss_of(copied(INDICES)).backward()
+        assert not any(layer.diagonal()["weight"].any() for layer in fisher.layers.values())
+        loss_of(model(INDICES)).backward()
+    assert fisher.layers["head"].diagonal()["weight"].any()
 
 
 @pytest.mark.parametrize("fisher_type", ["type-2", "mc"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from fisherkern.curvature import Capture
 from fisherkern.optim import KFAC, KFACPreconditioner
 from optim import cases
 from optim.cases import Tokens, filled
@@ -175,6 +177,26 @@ def test_a_mask_that_does_not_fit_is_refused_before_the_step() -> None:
         model(x, attention_mask=torch.ones(6, 3, dtype=torch.bool, device=x.device))
     cases.train(model, optimizer, range(1))
     assert optimizer.preconditioner.steps == 1
+
+
+@pytest.mark.parametrize("fisher_type", ["mc", "empirical"])
+def test_a_copy_of_the_model_is_not_followed(fisher_type: str) -> None:
+    """One for an average of weights takes the hooks along, but neither factors nor batches."""
+    model, twin = filled(Tokens()), filled(Tokens())
+    optimizer, alone = (
+        KFAC(m, fisher_type=fisher_type, generator=cases.generator(0)) for m in (model, twin)
+    )
+    copied = copy.deepcopy(model)
+    cases.train(twin, alone, range(3))
+    for seed in range(3):
+        cases.train(model, optimizer, range(seed, seed + 1))
+        copied.train()
+        cases.differentiate(copied, seed)
+    cases.assert_close(model, twin)
+    gc.collect()
+    captures = [kept for kept in gc.get_objects() if type(kept) is Capture]
+    mine = [kept for kept in captures if kept._model in (model, copied)]
+    assert mine == [optimizer.preconditioner.capture]
 
 
 @pytest.mark.parametrize("fisher_type", ["mc", "empirical"])
