@@ -23,6 +23,9 @@ status=0
 FISHERKERN_TEST_DEVICE=cuda FISHERKERN_TEST_BACKENDS=triton,cuda,reference \
   $run -m pytest -q --maxfail=40 -n "$MAX_JOBS" --dist worksteal tests/softmax_fisher tests/head_fisher \
     tests/covariance tests/operators 2>&1 | tee "$OUT/tests.log" || status=1
+# no test of these depends on a back end, which leaves them out above
+FISHERKERN_TEST_DEVICE=cuda $run -m pytest -q --maxfail=40 -n "$MAX_JOBS" --dist worksteal tests/optim \
+  2>&1 | tee "$OUT/optim.log" || status=1
 if command -v compute-sanitizer >/dev/null; then
   FISHERKERN_TEST_DEVICE=cuda FISHERKERN_TEST_BACKENDS=triton,cuda \
     compute-sanitizer --error-exitcode 9 $run -m pytest -q tests/softmax_fisher/test_truth.py \
