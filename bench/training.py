@@ -3,8 +3,8 @@
 ``python -m fisherkern.bench.training --problem gpt --output FOLDER`` gives both as many trials
 (seed 0, chosen by the held-out loss at the end), then trains with several seeds as in the best one,
 and writes JSON, Markdown and a plot of the loss against steps and against time. AdamW takes
-`--steps`, K-FAC `--share` of them; both warm up and decay over their own number of steps. Time is
-that of steps alone, on this machine, one run after another.
+`--steps`, K-FAC `--share` of them; both warm up and decay over their own number of steps, and the
+damping of K-FAC falls. Time is that of steps alone, on this machine, one run after another.
 """
 
 from __future__ import annotations
@@ -80,6 +80,8 @@ def train(problem: Problem, name: str, trial: dict[str, Any], seed: int, steps: 
     try:
         for step in range(1, steps + 1):
             windows = problem.windows(batches)
+            if isinstance(optimizer, KFAC) and problem.damping is not None:
+                optimizer.damping = problem.damping((step - 1) / steps)
             began = time.perf_counter()
             optimizer.zero_grad()
             problem.loss(model, windows).backward()

@@ -37,6 +37,8 @@ class Problem:
     """Of each optimizer, in all its runs."""
     trials: dict[str, tuple[dict[str, Any], ...]]
     """What is added to them in turn, as many for each."""
+    damping: Callable[[float], float] | None = None
+    """λ of K-FAC by the share of its steps that are done; None: that of the options."""
 
     @property
     def length(self) -> int:
@@ -69,16 +71,17 @@ def gpt() -> Problem:
             "KFAC": {
                 "lr": 0.3,
                 "momentum": 0.5,
-                "damping": 1e-3,
-                "ema_decay": 0.5,
+                "ema_decay": 0.7,
                 "factor_update_period": 10,
                 "inverse_update_period": 10,
             },
         },
         trials={
-            "AdamW": tuple({"lr": lr} for lr in (5e-4, 1e-3, 2e-3)),
+            "AdamW": tuple({"lr": lr} for lr in (1e-3, 2e-3, 4e-3)),
             "KFAC": tuple({"kl_clip": bound} for bound in (3e-4, 1e-3, 3e-3)),
         },
+        # curvature of fresh weights holds for a short way only
+        damping=lambda done: 3e-2 * 1e-2 ** min(1.0, 2 * done),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,24 @@ def test_a_run_is_that_of_its_seed(problem: Problem) -> None:
     )
     assert first == again
     assert first != other
+
+
+def test_the_damping_follows_the_share_of_the_steps(problem: Problem) -> None:
+    told = []
+
+    def falling(done: float) -> float:
+        told.append(done)
+        return 1e-1 if done < 0.5 else 1e-3
+
+    constant = training.train(problem, "KFAC", {"kl_clip": 1e-2}, 1, 5).losses
+    scheduled = replace(problem, damping=falling)
+    falls = training.train(scheduled, "KFAC", {"kl_clip": 1e-2}, 1, 5).losses
+    assert told == [0.0, 0.2, 0.4, 0.6, 0.8]
+    assert falls != constant
+    same = replace(problem, damping=lambda _: 1e-2)
+    assert training.train(same, "KFAC", {"kl_clip": 1e-2}, 1, 5).losses == constant
+    training.train(scheduled, "AdamW", {"lr": 1e-2}, 1, 5)
+    assert len(told) == 5
 
 
 def test_the_loss_is_the_mean_over_all_windows(problem: Problem) -> None:
