@@ -51,7 +51,7 @@ class WideCurvature(LayerCurvature):
     def add_logits(self, logits: Tensor, mask: Tensor | None) -> None:
         """Keep logits of the batch, if they are what the layer returned, or a cast of it."""
         last = logits.grad_fn
-        if type(last).__name__ == "ToCopyBackward0":
+        if last is not None and type(last).__name__ == "ToCopyBackward0":
             last = last.next_functions[0][0]
         if self._output is None or _number(last) != self._output:
             return
