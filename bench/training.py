@@ -182,6 +182,13 @@ def plot(problem: Problem, runs: list[Run], path: Path) -> None:
     pyplot.close(figure)
 
 
+def _damping(problem: Problem) -> dict[str, float] | None:
+    """λ of K-FAC at tenths of its steps, for the record."""
+    if problem.damping is None:
+        return None
+    return {f"{tenth / 10:g}": problem.damping(tenth / 10) for tenth in range(11)}
+
+
 def main() -> None:
     """Train, print and write."""
     parser = argparse.ArgumentParser(prog="python -m fisherkern.bench.training")
@@ -208,6 +215,7 @@ def main() -> None:
             "environment": results.environment("cpu"),
             "problem": problem.title,
             "options": problem.options,
+            "damping_by_share_of_steps": _damping(problem),
             "tokens_per_step": problem.batch * problem.length,
             "runs": [asdict(run) for run in runs],
         }

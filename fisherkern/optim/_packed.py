@@ -1,7 +1,7 @@
 """Symmetric matrices as their lower triangle, folded into a rectangle without a gap.
 
 The last half of the rows is one block as it is; the triangle above that block, transposed, fills
-what its own triangle leaves. Index tensors would take four times the memory of the matrix.
+what its own triangle leaves. Index tensors would take four times the memory of the triangle.
 
 Source: Gustavson et al. 2010, "Rectangular full packed format for Cholesky's algorithm".
 """

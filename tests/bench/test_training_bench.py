@@ -116,11 +116,14 @@ def test_the_table(problem: Problem) -> None:
 def test_files(
     problem: Problem, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setitem(training.PROBLEMS, "gpt", lambda: problem)
+    monkeypatch.setitem(
+        training.PROBLEMS, "gpt", lambda: replace(problem, damping=lambda d: d / 2 + 1e-9)
+    )
     monkeypatch.setattr("sys.argv", ["training", "--output", str(tmp_path / "x"), "--seeds", "1"])
     training.main()
     written = json.loads((tmp_path / "x" / "training.json").read_text())
     assert len(written["runs"]) == 6
+    assert written["damping_by_share_of_steps"]["0.5"] == pytest.approx(0.25)
     assert written["runs"][-1]["steps"][-1] == 12
     assert (tmp_path / "x" / "training.png").stat().st_size > 1000
     assert (tmp_path / "x" / "report.md").read_text().strip() in capsys.readouterr().out
