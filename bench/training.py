@@ -1,10 +1,10 @@
 """K-FAC against AdamW on WikiText-2: a small GPT from scratch, or SmolLM2-135M trained further.
 
-``python -m fisherkern.bench.training --problem gpt --output FOLDER`` gives both as many trials
-(seed 0, chosen by the held-out loss at the end), then trains with several seeds as in the best one,
-and writes JSON, Markdown and a plot of the loss against steps and against time. AdamW takes
-`--steps`, K-FAC `--share` of them; both warm up and decay over their own number of steps, and the
-damping of K-FAC falls. Time is that of steps alone, on this machine, one run after another.
+``python -m fisherkern.bench.training --problem gpt --output FOLDER`` gives all optimizers as many
+trials (seed 0, chosen by the held-out loss at the end), then trains with several seeds as in the
+best one, and writes JSON, Markdown and a plot of the loss against steps and against time. AdamW
+takes `--steps`, the others, KFAC and AdamW along natural gradients, `--share` of them; all warm up
+and decay over their own number of steps. Time is that of steps alone, one run after another.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fisherkern.bench import results
-from fisherkern.bench.training_problems import PROBLEMS, Problem
-from fisherkern.optim import KFAC
+from fisherkern.bench.training_problems import NATURAL, PROBLEMS, Problem
+from fisherkern.optim import KFAC, KFACPreconditioner
 
-# Of the steps, the share that the rate rises over, and how often the loss is measured.
-WARM_UP, MEASURED = 20, 20
+# How often the loss is measured.
+MEASURED = 20
+COLOURS = {"AdamW": "tab:grey", "KFAC": "tab:blue", NATURAL: "tab:orange"}
 
 
 @dataclass
@@ -52,8 +53,9 @@ class Run:
         return last if math.isfinite(last) else math.inf
 
 
-def _schedule(steps: int) -> Callable[[int], float]:
-    warm = max(1, steps // WARM_UP)
+def schedule(steps: int, warm_up: float) -> Callable[[int], float]:
+    """Of the rate: a linear rise over a share of the steps, and a cosine down to a tenth."""
+    warm = max(1, round(warm_up * steps))
 
     def factor(step: int) -> float:
         if step < warm:
@@ -63,25 +65,40 @@ def _schedule(steps: int) -> Callable[[int], float]:
     return factor
 
 
-def _make(name: str, model: nn.Module, options: dict[str, Any]) -> Optimizer:
-    if name == "AdamW":
-        return torch.optim.AdamW(model.parameters(), **options)
-    return KFAC(model, generator=torch.Generator().manual_seed(0), **options)
+def _make(
+    name: str, model: nn.Module, options: dict[str, Any]
+) -> tuple[Optimizer, KFACPreconditioner | None]:
+    """The optimizer, and what makes the gradients natural on its steps."""
+    generator = torch.Generator().manual_seed(0)
+    if name == "KFAC":
+        kfac = KFAC(model, generator=generator, **options)
+        return kfac, kfac.preconditioner
+    before = options.pop("preconditioner", None)
+    optimizer = torch.optim.AdamW(model.parameters(), **options)
+    if before is None:
+        return optimizer, None
+    preconditioner = KFACPreconditioner(model, generator=generator, **before)
+
+    def precede(*_: Any) -> None:
+        preconditioner.step()
+
+    optimizer.register_step_pre_hook(precede)
+    return optimizer, preconditioner
 
 
 def train(problem: Problem, name: str, trial: dict[str, Any], seed: int, steps: int) -> Run:
     """One training; batches depend on the seed alone, and so do fresh weights."""
     torch.manual_seed(seed)
     model, run = problem.model(), Run(name, trial, seed)
-    optimizer = _make(name, model, {**problem.options[name], **trial})
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(steps))
+    optimizer, preconditioner = _make(name, model, {**problem.options[name], **trial})
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(steps, problem.warm_up))
     batches = torch.Generator().manual_seed(seed)
     spent = 0.0
     try:
         for step in range(1, steps + 1):
             windows = problem.windows(batches)
-            if isinstance(optimizer, KFAC) and problem.damping is not None:
-                optimizer.damping = problem.damping((step - 1) / steps)
+            if preconditioner is not None and problem.damping is not None:
+                preconditioner.damping = problem.damping((step - 1) / steps)
             began = time.perf_counter()
             optimizer.zero_grad()
             problem.loss(model, windows).backward()
@@ -95,8 +112,8 @@ def train(problem: Problem, name: str, trial: dict[str, Any], seed: int, steps: 
                 if not math.isfinite(run.losses[-1]):
                     break
     finally:
-        if isinstance(optimizer, KFAC):
-            optimizer.preconditioner.detach()  # the next run may be of the same model
+        if preconditioner is not None:
+            preconditioner.detach()  # the next run may be of the same model
     return run
 
 
@@ -134,29 +151,30 @@ def _told(run: Run) -> Run:
 def table(problem: Problem, runs: list[Run]) -> str:
     """Markdown: per seed, the final losses and when K-FAC reached that of AdamW."""
     by = {(r.optimizer, r.seed): r for r in runs if r.seed}
-    seeds = sorted({seed for _, seed in by})
+    names = [name for name in problem.trials if (name, 1) in by]
     lines = [
-        "| seed | AdamW | KFAC | steps to AdamW's loss | time to it | time of a step |",
-        "|---|---|---|---|---|---|",
+        "| | seed | loss | AdamW's | steps to AdamW's | time to it | time of a step |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for seed in seeds:
-        adam, kfac = by["AdamW", seed], by["KFAC", seed]
-        reached = [i for i, loss in enumerate(kfac.losses) if loss <= adam.final]
+    for (name, seed), run in by.items():
+        if name == "AdamW":
+            continue
+        adam = by["AdamW", seed]
+        reached = [i for i, loss in enumerate(run.losses) if loss <= adam.final]
         when = seconds = "never"
         if reached:
-            when = f"{kfac.steps[reached[0]] / adam.steps[-1]:.2f}"
-            seconds = f"{kfac.seconds[reached[0]] / adam.seconds[-1]:.2f}"
-        cost = (kfac.seconds[-1] / kfac.steps[-1]) / (adam.seconds[-1] / adam.steps[-1])
+            when = f"{run.steps[reached[0]] / adam.steps[-1]:.2f}"
+            seconds = f"{run.seconds[reached[0]] / adam.seconds[-1]:.2f}"
+        cost = (run.seconds[-1] / run.steps[-1]) / (adam.seconds[-1] / adam.steps[-1])
         lines.append(
-            f"| {seed} | {adam.losses[-1]:.4f} | {kfac.losses[-1]:.4f} | {when} | {seconds} | "
-            f"{cost:.2f} |"
+            f"| {name} | {seed} | {run.losses[-1]:.4f} | {adam.losses[-1]:.4f} | {when} | "
+            f"{seconds} | {cost:.2f} |"
         )
-    taken = {name: by[name, seeds[0]].steps[-1] for name in ("AdamW", "KFAC")}
+    taken = ", ".join(f"{by[name, 1].steps[-1]} of {name}" for name in names)
     tokens = problem.batch * problem.length
     note = (
-        f"{problem.title}: nats per {problem.unit}, held out, after {taken['AdamW']} steps of "
-        f"AdamW and {taken['KFAC']} of KFAC, of {tokens} {problem.unit}s each. The last three "
-        "columns are ratios to AdamW."
+        f"{problem.title}: nats per {problem.unit}, held out, after steps of {tokens} "
+        f"{problem.unit}s: {taken}. The last three columns are ratios to AdamW."
     )
     return "\n".join([*lines, "", note])
 
@@ -169,11 +187,10 @@ def plot(problem: Problem, runs: list[Run], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    colours = {"AdamW": "tab:grey", "KFAC": "tab:blue"}
     for run in (r for r in runs if r.seed):
         label = run.optimizer if run.seed == 1 else None
         for axis, x in zip(axes, (run.steps, run.seconds), strict=True):
-            axis.plot(x, run.losses, color=colours[run.optimizer], label=label)
+            axis.plot(x, run.losses, color=COLOURS[run.optimizer], label=label)
     axes[0].set(xlabel="steps", ylabel=f"held-out loss, nats per {problem.unit}")
     axes[1].set(xlabel="seconds")
     axes[0].legend()
@@ -194,21 +211,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m fisherkern.bench.training")
     parser.add_argument("--problem", choices=PROBLEMS, default="gpt")
     parser.add_argument("--steps", type=int, help="of AdamW")
-    parser.add_argument("--share", type=float, default=0.6, help="of them that K-FAC takes")
+    parser.add_argument("--share", type=float, help="of them that the others take")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, help="folder")
     arguments = parser.parse_args()
     problem = PROBLEMS[arguments.problem]()
     steps = arguments.steps or problem.steps
-    numbers = {"AdamW": steps, "KFAC": max(1, round(arguments.share * steps))}
-    runs = measure(problem, numbers, arguments.seeds)
+    share = arguments.share or problem.share
+    numbers = {name: max(1, round(share * steps)) for name in problem.trials}
+    runs = measure(problem, {**numbers, "AdamW": steps}, arguments.seeds)
     text = table(problem, runs)
     print(text)
-    finals = [
-        statistics.median(r.losses[-1] for r in runs if r.seed and r.optimizer == name)
-        for name in numbers
-    ]
-    print(f"median final loss: AdamW {finals[0]:.4f}, KFAC {finals[1]:.4f}")
+    for name in problem.trials:
+        finals = [r.losses[-1] for r in runs if r.seed and r.optimizer == name]
+        print(f"median final loss of {name}: {statistics.median(finals):.4f}")
     if arguments.output is not None:
         arguments.output.mkdir(parents=True, exist_ok=True)
         whole = {

@@ -37,6 +37,10 @@ class Problem:
     """Of each optimizer, in all its runs."""
     trials: dict[str, tuple[dict[str, Any], ...]]
     """What is added to them in turn, as many for each."""
+    share: float
+    """Of the steps of AdamW, what the others take, unless the command says otherwise."""
+    warm_up: float
+    """Of its steps, the share over which the rate of each optimizer rises."""
     damping: Callable[[float], float] | None = None
     """λ of K-FAC by the share of its steps that are done; None: that of the options."""
 
@@ -52,8 +56,15 @@ class Problem:
         return self.text[first + torch.arange(self.length + 1)].long()
 
 
+# What bench/training.py knows beside KFAC and AdamW: this entry among the options of AdamW.
+NATURAL = "KFACPreconditioner + AdamW"
+
+
 def gpt() -> Problem:
     """Four layers over bytes: 8192 of them in a step."""
+    adam = {"betas": (0.9, 0.99), "weight_decay": 0.0}
+    rates = tuple({"lr": lr} for lr in (1e-3, 2e-3, 4e-3))
+    fresh = {"ema_decay": 0.7, "factor_update_period": 10, "inverse_update_period": 10}
     text, held_out = (_raw(asset) for asset in (assets.TRAINING_TEXT, assets.TEXT))
     return Problem(
         title="GPT of 4 layers of 128, from scratch",
@@ -66,19 +77,17 @@ def gpt() -> Problem:
         held_out=_spread(torch.frombuffer(bytearray(held_out), dtype=torch.uint8), 64, 128),
         batch=64,
         steps=400,
+        share=0.6,
+        warm_up=0.2,
         options={
-            "AdamW": {"betas": (0.9, 0.95), "weight_decay": 0.0},
-            "KFAC": {
-                "lr": 0.3,
-                "momentum": 0.5,
-                "ema_decay": 0.7,
-                "factor_update_period": 10,
-                "inverse_update_period": 10,
-            },
+            "AdamW": adam,
+            "KFAC": {"lr": 0.3, "momentum": 0.5, **fresh},
+            NATURAL: {**adam, "preconditioner": {"kl_clip": None, **fresh}},
         },
         trials={
-            "AdamW": tuple({"lr": lr} for lr in (1e-3, 2e-3, 4e-3)),
+            "AdamW": rates,
             "KFAC": tuple({"kl_clip": bound} for bound in (3e-4, 1e-3, 3e-3)),
+            NATURAL: rates,
         },
         # curvature of fresh weights holds for a short way only
         damping=lambda done: 3e-2 * 1e-2 ** min(1.0, 2 * done),
@@ -100,6 +109,9 @@ def smollm2() -> Problem:
         language.model.zero_grad(set_to_none=True)
         return language.model.train()
 
+    adam = {"betas": (0.9, 0.99), "weight_decay": 0.0}
+    rates = tuple({"lr": lr} for lr in (3e-5, 1e-4, 3e-4))
+    rarely = {"damping": 1e-2, "factor_update_period": 10, "inverse_update_period": 100}
     return Problem(
         title="SmolLM2-135M, trained further",
         unit="token",
@@ -109,20 +121,17 @@ def smollm2() -> Problem:
         held_out=_spread(held_out, 6, 256),
         batch=4,
         steps=12,
+        share=0.6,
+        warm_up=0.1,
         options={
-            "AdamW": {"betas": (0.9, 0.95), "weight_decay": 0.0},
-            "KFAC": {
-                "lr": 1.0,
-                "momentum": 0.5,
-                "damping": 1e-2,
-                "adam_lr": 1e-4,
-                "factor_update_period": 10,
-                "inverse_update_period": 100,
-            },
+            "AdamW": adam,
+            "KFAC": {"lr": 1.0, "momentum": 0.5, "adam_lr": 1e-4, **rarely},
+            NATURAL: {**adam, "preconditioner": {"kl_clip": None, **rarely}},
         },
         trials={
-            "AdamW": tuple({"lr": lr} for lr in (3e-5, 1e-4, 3e-4)),
+            "AdamW": rates,
             "KFAC": tuple({"kl_clip": bound} for bound in (1e-3, 3e-3, 1e-2)),
+            NATURAL: rates,
         },
     )
 

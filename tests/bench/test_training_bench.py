@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from fisherkern.bench import training
 from fisherkern.bench.training import Run
-from fisherkern.bench.training_problems import GPT, Problem
+from fisherkern.bench.training_problems import GPT, NATURAL, Problem
 
 KFAC = {"lr": 0.5, "damping": 1e-2}
 
@@ -46,50 +46,77 @@ def problem() -> Problem:
         held_out=torch.stack([text[i : i + 9] for i in range(5)]),
         batch=2,
         steps=20,
-        options={"AdamW": {"weight_decay": 0.0}, "KFAC": KFAC},
+        share=0.6,
+        warm_up=0.05,
+        options={
+            "AdamW": {"weight_decay": 0.0},
+            "KFAC": KFAC,
+            NATURAL: {"weight_decay": 0.0, "preconditioner": {"damping": 1e-2, "kl_clip": None}},
+        },
         trials={
             "AdamW": ({"lr": 1e-5}, {"lr": 3e-2}),
             "KFAC": ({"kl_clip": 1e-6}, {"kl_clip": 1e-2}),
+            NATURAL: ({"lr": 1e-5}, {"lr": 3e-2}),
         },
     )
 
 
 def test_trials_then_seeds_as_in_the_best(problem: Problem) -> None:
-    runs = training.measure(problem, {"AdamW": 20, "KFAC": 10}, seeds=2)
+    runs = training.measure(problem, {"AdamW": 20, "KFAC": 10, NATURAL: 10}, seeds=2)
     assert [(run.optimizer, run.seed) for run in runs] == [
-        (name, seed) for name in ("AdamW", "KFAC") for seed in (0, 0, 1, 2)
+        (name, seed) for name in ("AdamW", "KFAC", NATURAL) for seed in (0, 0, 1, 2)
     ]
     assert runs[2].trial == runs[3].trial == {"lr": 3e-2}
     assert runs[6].trial == runs[7].trial == {"kl_clip": 1e-2}
-    assert [run.steps[-1] for run in runs] == [20] * 4 + [10] * 4
+    assert runs[10].trial == runs[11].trial == {"lr": 3e-2}
+    assert [run.steps[-1] for run in runs] == [20] * 4 + [10] * 8
     assert all(run.final < run.losses[0] for run in runs)
     assert all(run.seconds == sorted(run.seconds) for run in runs)
 
 
-def test_a_run_is_that_of_its_seed(problem: Problem) -> None:
+@pytest.mark.parametrize(("name", "trial"), [("KFAC", {"kl_clip": 1e-2}), (NATURAL, {"lr": 3e-2})])
+def test_a_run_is_that_of_its_seed(problem: Problem, name: str, trial: dict[str, float]) -> None:
     first, again, other = (
-        training.train(problem, "KFAC", {"kl_clip": 1e-2}, seed, 5).losses for seed in (1, 1, 2)
+        training.train(problem, name, trial, seed, 5).losses for seed in (1, 1, 2)
     )
     assert first == again
     assert first != other
 
 
-def test_the_damping_follows_the_share_of_the_steps(problem: Problem) -> None:
+def test_natural_gradients_reach_adamw(problem: Problem) -> None:
+    plain = training.train(problem, "AdamW", {"lr": 3e-2}, 1, 10).losses
+    natural = training.train(problem, NATURAL, {"lr": 3e-2}, 1, 10).losses
+    assert natural != plain
+    assert natural[-1] < natural[0]
+
+
+@pytest.mark.parametrize(("name", "trial"), [("KFAC", {"kl_clip": 1e-2}), (NATURAL, {"lr": 3e-2})])
+def test_the_damping_follows_the_share_of_the_steps(
+    problem: Problem, name: str, trial: dict[str, float]
+) -> None:
     told = []
 
     def falling(done: float) -> float:
         told.append(done)
         return 1e-1 if done < 0.5 else 1e-3
 
-    constant = training.train(problem, "KFAC", {"kl_clip": 1e-2}, 1, 5).losses
+    constant = training.train(problem, name, trial, 1, 5).losses
     scheduled = replace(problem, damping=falling)
-    falls = training.train(scheduled, "KFAC", {"kl_clip": 1e-2}, 1, 5).losses
+    falls = training.train(scheduled, name, trial, 1, 5).losses
     assert told == [0.0, 0.2, 0.4, 0.6, 0.8]
     assert falls != constant
     same = replace(problem, damping=lambda _: 1e-2)
-    assert training.train(same, "KFAC", {"kl_clip": 1e-2}, 1, 5).losses == constant
+    assert training.train(same, name, trial, 1, 5).losses == constant
     training.train(scheduled, "AdamW", {"lr": 1e-2}, 1, 5)
     assert len(told) == 5
+
+
+def test_the_rate_rises_and_falls() -> None:
+    rates = [training.schedule(20, 0.2)(step) for step in range(20)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert 0.1 < rates[-1] < 0.12
+    assert training.schedule(3, 0.05)(0) == 1.0
 
 
 def test_the_loss_is_the_mean_over_all_windows(problem: Problem) -> None:
@@ -108,9 +135,10 @@ def test_the_table(problem: Problem) -> None:
         Run("KFAC", {}, 2, [20], [float("nan")], [4.0]),
     ]
     rows = training.table(problem, runs).splitlines()
-    assert rows[2] == "| 1 | 2.0000 | 1.0000 | 0.25 | 0.50 | 2.00 |"
-    assert rows[3] == "| 2 | 2.0000 | nan | never | never | 2.00 |"
-    assert "40 steps of AdamW and 20 of KFAC, of 16 tokens each" in rows[-1]
+    assert rows[2] == "| KFAC | 1 | 1.0000 | 2.0000 | 0.25 | 0.50 | 2.00 |"
+    assert rows[3] == "| KFAC | 2 | nan | 2.0000 | never | never | 2.00 |"
+    assert len(rows) == 6
+    assert "steps of 16 tokens: 40 of AdamW, 20 of KFAC." in rows[-1]
 
 
 def test_files(
@@ -122,7 +150,7 @@ def test_files(
     monkeypatch.setattr("sys.argv", ["training", "--output", str(tmp_path / "x"), "--seeds", "1"])
     training.main()
     written = json.loads((tmp_path / "x" / "training.json").read_text())
-    assert len(written["runs"]) == 6
+    assert len(written["runs"]) == 9
     assert written["damping_by_share_of_steps"]["0.5"] == pytest.approx(0.25)
     assert written["runs"][-1]["steps"][-1] == 12
     assert (tmp_path / "x" / "training.png").stat().st_size > 1000
