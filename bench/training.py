@@ -15,7 +15,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -212,10 +212,16 @@ def main() -> None:
     parser.add_argument("--problem", choices=PROBLEMS, default="gpt")
     parser.add_argument("--steps", type=int, help="of AdamW")
     parser.add_argument("--share", type=float, help="of them that the others take")
+    parser.add_argument("--optimizers", nargs="+", choices=list(COLOURS)[1:], help="beside AdamW")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, help="folder")
     arguments = parser.parse_args()
     problem = PROBLEMS[arguments.problem]()
+    if arguments.optimizers:
+        kept = {"AdamW", *arguments.optimizers}
+        problem = replace(
+            problem, trials={name: t for name, t in problem.trials.items() if name in kept}
+        )
     steps = arguments.steps or problem.steps
     share = arguments.share or problem.share
     numbers = {name: max(1, round(share * steps)) for name in problem.trials}
@@ -230,7 +236,7 @@ def main() -> None:
         whole = {
             "environment": results.environment("cpu"),
             "problem": problem.title,
-            "options": problem.options,
+            "options": {name: problem.options[name] for name in problem.trials},
             "damping_by_share_of_steps": _damping(problem),
             "tokens_per_step": problem.batch * problem.length,
             "runs": [asdict(run) for run in runs],

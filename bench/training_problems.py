@@ -63,7 +63,7 @@ NATURAL = "KFACPreconditioner + AdamW"
 def gpt() -> Problem:
     """Four layers over bytes: 8192 of them in a step."""
     adam = {"betas": (0.9, 0.99), "weight_decay": 0.0}
-    rates = tuple({"lr": lr} for lr in (1e-3, 2e-3, 4e-3))
+    rates = tuple({"lr": lr} for lr in (2e-3, 3e-3, 6e-3))
     fresh = {"ema_decay": 0.7, "factor_update_period": 10, "inverse_update_period": 10}
     text, held_out = (_raw(asset) for asset in (assets.TRAINING_TEXT, assets.TEXT))
     return Problem(

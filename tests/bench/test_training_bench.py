@@ -147,10 +147,12 @@ def test_files(
     monkeypatch.setitem(
         training.PROBLEMS, "gpt", lambda: replace(problem, damping=lambda d: d / 2 + 1e-9)
     )
-    monkeypatch.setattr("sys.argv", ["training", "--output", str(tmp_path / "x"), "--seeds", "1"])
+    command = ["training", "--output", str(tmp_path / "x"), "--seeds", "1", "--optimizers"]
+    monkeypatch.setattr("sys.argv", [*command, NATURAL])
     training.main()
     written = json.loads((tmp_path / "x" / "training.json").read_text())
-    assert len(written["runs"]) == 9
+    assert [run["optimizer"] for run in written["runs"]] == ["AdamW"] * 3 + [NATURAL] * 3
+    assert set(written["options"]) == {"AdamW", NATURAL}
     assert written["damping_by_share_of_steps"]["0.5"] == pytest.approx(0.25)
     assert written["runs"][-1]["steps"][-1] == 12
     assert (tmp_path / "x" / "training.png").stat().st_size > 1000
