@@ -65,7 +65,7 @@ def schedule(steps: int, warm_up: float) -> Callable[[int], float]:
     return factor
 
 
-def _make(
+def make(
     name: str, model: nn.Module, options: dict[str, Any]
 ) -> tuple[Optimizer, KFACPreconditioner | None]:
     """The optimizer, and what makes the gradients natural on its steps."""
@@ -73,7 +73,8 @@ def _make(
     if name == "KFAC":
         kfac = KFAC(model, generator=generator, **options)
         return kfac, kfac.preconditioner
-    before = options.pop("preconditioner", None)
+    before = options.get("preconditioner")
+    options = {key: value for key, value in options.items() if key != "preconditioner"}
     optimizer = torch.optim.AdamW(model.parameters(), **options)
     if before is None:
         return optimizer, None
@@ -90,7 +91,7 @@ def train(problem: Problem, name: str, trial: dict[str, Any], seed: int, steps: 
     """One training; batches depend on the seed alone, and so do fresh weights."""
     torch.manual_seed(seed)
     model, run = problem.model(), Run(name, trial, seed)
-    optimizer, preconditioner = _make(name, model, {**problem.options[name], **trial})
+    optimizer, preconditioner = make(name, model, {**problem.options[name], **trial})
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(steps, problem.warm_up))
     batches = torch.Generator().manual_seed(seed)
     spent = 0.0

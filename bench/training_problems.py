@@ -110,7 +110,7 @@ def smollm2() -> Problem:
         return language.model.train()
 
     adam = {"betas": (0.9, 0.99), "weight_decay": 0.0}
-    rates = tuple({"lr": lr} for lr in (3e-5, 1e-4, 3e-4))
+    rates = tuple({"lr": lr} for lr in (1e-4, 2e-4, 4e-4))
     rarely = {"damping": 1e-2, "factor_update_period": 10, "inverse_update_period": 100}
     return Problem(
         title="SmolLM2-135M, trained further",
@@ -130,7 +130,7 @@ def smollm2() -> Problem:
         },
         trials={
             "AdamW": rates,
-            "KFAC": tuple({"kl_clip": bound} for bound in (1e-3, 3e-3, 1e-2)),
+            "KFAC": tuple({"kl_clip": bound} for bound in (3e-3, 1e-2, 3e-2)),
             NATURAL: rates,
         },
     )

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fisherkern.bench import training
+from fisherkern.bench import training, training_cost
 from fisherkern.bench.training import Run
 from fisherkern.bench.training_problems import GPT, NATURAL, Problem
+from fisherkern.optim import KFACPreconditioner
 
 KFAC = {"lr": 0.5, "damping": 1e-2}
 
@@ -167,3 +168,46 @@ def test_the_gpt_sees_no_later_byte() -> None:
     before, after = model(tokens), model(other)
     assert torch.equal(before[:, :4], after[:, :4])
     assert not torch.equal(before[:, 4:], after[:, 4:])
+
+
+def test_the_cost_of_a_step(
+    problem: Problem, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """2 + 3 / 10 for captures + 270 / 100 for inverses, over 2."""
+    parts = {"AdamW": 2.0, "solve": 2.0, "capture": 5.0, "inverses": 270.0}
+    assert training_cost.ratio(parts, 10, 100) == 2.5
+    monkeypatch.setitem(training_cost.PROBLEMS, "gpt", lambda: problem)
+    path = tmp_path / "cost.json"
+    monkeypatch.setattr(
+        "sys.argv", ["cost", "--batch", "3", "--steps", "10", "--output", str(path)]
+    )
+    training_cost.main()
+    written = json.loads(path.read_text())
+    assert written["tokens_per_step"] == 24
+    assert set(written["seconds"]) == {"AdamW", "solve", "capture", "inverses"}
+    assert min(written["seconds"].values()) > 0
+    assert f"{written['mean_step_over_adamw']:.2f}" in capsys.readouterr().out
+
+
+def test_steps_that_are_timed_are_of_their_kind(
+    problem: Problem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Captures at even steps, inverses at the eighth alone, which is left out."""
+    refreshed, counts = [], []
+    refresh, step = KFACPreconditioner.refresh, KFACPreconditioner.step
+
+    def telling_refresh(self: KFACPreconditioner) -> None:
+        refreshed.append(self.steps)
+        refresh(self)
+
+    def telling_step(self: KFACPreconditioner, *lr: float) -> set[int]:
+        found = step(self, *lr)
+        counts.append(next(iter(self.capture.layers.values())).G.count)
+        return found
+
+    monkeypatch.setattr(KFACPreconditioner, "refresh", telling_refresh)
+    monkeypatch.setattr(KFACPreconditioner, "step", telling_step)
+    training_cost.measure(problem, 2, 13)
+    assert refreshed == [0, 1, 2, 4, 8, 13, 13]
+    grown = [step for step in range(1, 13) if counts[step] > counts[step - 1]]
+    assert grown == [1, 2, 4, 6, 8, 10, 12]
