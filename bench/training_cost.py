@@ -85,7 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m fisherkern.bench.training_cost")
     parser.add_argument("--problem", choices=PROBLEMS, default="gpt")
     parser.add_argument("--batch", type=int, help="windows of a step")
-    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--factor-period", type=int, default=10)
     parser.add_argument("--inverse-period", type=int, default=100)
     parser.add_argument("--output", type=Path, help="JSON file")
