@@ -47,7 +47,8 @@ def measure(problem: Problem, batch: int, steps: int) -> dict[str, float]:
     assert preconditioner is not None
     try:
         for step in range(steps):
-            windows = torch.cat([problem.windows(batches)] * -(-batch // problem.batch))[:batch]
+            draws = range(-(-batch // problem.batch))
+            windows = torch.cat([problem.windows(batches) for _ in draws])[:batch]
             for name, (optimizer, _) in made.items():
                 began = time.perf_counter()
                 _step(problem, models[name], optimizer, windows)
