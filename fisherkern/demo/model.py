@@ -108,8 +108,9 @@ def _converted(gguf: Path) -> Path:
             target = Path(scratch) / "model"
             _convert(gguf, target)
             _write_manifest(target)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(target, folder)
+            if not _intact(folder):  # another process may have been faster, and be reading it
+                shutil.rmtree(folder, ignore_errors=True)
+                os.replace(target, folder)
     except OSError as error:
         raise DemoError(
             f"the converted model (540 MB) cannot be stored in {folder.parent}: {error}. Free "

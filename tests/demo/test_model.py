@@ -50,6 +50,20 @@ def test_damaged_conversion_is_repeated(gguf, conversions, damage):
     assert (folder / "model.safetensors").read_bytes() == b"weights"
 
 
+def test_conversion_of_another_process_is_kept(gguf, conversions, monkeypatch):
+    alone, others = model._convert, []
+
+    def convert(source, target):
+        monkeypatch.setattr(model, "_convert", alone)
+        others.append((model._converted(source) / "config.json").stat().st_ino)
+        alone(source, target)
+
+    monkeypatch.setattr(model, "_convert", convert)
+    folder = model._converted(gguf)
+    assert (folder / "config.json").stat().st_ino == others[0]  # it may be in use
+    assert len(conversions) == 2
+
+
 def test_interrupted_conversion_leaves_nothing(gguf, monkeypatch):
     def convert(source, target):
         target.mkdir()
