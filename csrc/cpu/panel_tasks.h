@@ -30,6 +30,18 @@ void share_out(int64_t count, Task&& task) {
   });
 }
 
+// The same with something of its own for each thread that takes part.
+template <class Make, class Task>
+void share_out(int64_t count, Make&& make, Task&& task) {
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, count, 1, [&](int64_t, int64_t) {
+    int64_t i = next++;
+    if (i >= count) return;
+    const auto own = make();
+    for (; i < count; i = next++) task(own, i);
+  });
+}
+
 // Bytes on cache lines, not initialised. Many are on pages of 2 MiB if the system has them: products
 // go to and fro in them, past what a translation buffer holds.
 class PanelMemory {
@@ -65,6 +77,13 @@ inline std::vector<int64_t> segments_of(int64_t count, int64_t segment) {
   return bounds;
 }
 
+// The sums of the splits of a product, one after the other.
+inline void add_splits(const PanelKernels& kernels, const PanelProduct& p) {
+  torch::stable::parallel_for(0, p.heads * p.rows, 64, [&](int64_t first, int64_t last) {
+    kernels.add_splits(p, first, last);
+  });
+}
+
 // Products whose panels are ready, their tiles shared out. Where there are few tiles the tokens are
 // shared out too, whatever the number of threads.
 inline void multiply(const PanelKernels& kernels, std::vector<PanelProduct> products, bool wide) {
@@ -89,12 +108,8 @@ inline void multiply(const PanelKernels& kernels, std::vector<PanelProduct> prod
     while (task >= first_task[i + 1]) ++i;
     kernels.multiply_tile(products[i], task - first_task[i]);
   });
-  for (const PanelProduct& p : products) {
-    if (p.splits == 1) continue;
-    torch::stable::parallel_for(
-        0, p.heads * p.rows, 64,
-        [&](int64_t first, int64_t last) { kernels.add_splits(p, first, last); });
-  }
+  for (const PanelProduct& p : products)
+    if (p.splits > 1) add_splits(kernels, p);
 }
 
 }  // namespace fisherkern

@@ -18,8 +18,8 @@ namespace {
 
 using Optional = std::optional<Tensor>;
 
-// Bytes of packed panels that the caches hold.
-constexpr int64_t kCachedBytes = 8 << 20;
+// Bytes of packed panels that the caches hold: those that all threads share, and those of one thread.
+constexpr int64_t kCachedBytes = 8 << 20, kOwnBytes = 2 << 20;
 
 // U [V, T] of the tokens of several batches.
 class TokenFactor {
@@ -152,8 +152,141 @@ class Roots {
   std::vector<float> narrow_;
 };
 
-// out <- U^T diag(scale) [y, 1] and the lower triangle of gram <- U^T diag(scale) U, some classes at
-// a time. Both sides get the roots of the scale: one panel of U then serves both.
+// The products U^T diag(scale) [y, 1] and U^T diag(scale) U over ranges of classes, a panel at a time.
+// Both sides get the roots of the scale: one panel of U then serves both.
+class Projection {
+ public:
+  Projection(const TokenFactor& factor, const Roots& roots, const Activations& block, bool gram,
+             const std::string& precision)
+      : kernels(kernels_for(factor.wide(), precision)),
+        factor_(factor),
+        roots_(roots),
+        block_(block),
+        twice_(gram && !kernels.sides_alike),
+        token_slices_(slices(factor.tokens())),
+        column_slices_(slices(block.width())) {}
+
+  const PanelKernels& kernels;
+
+  // Bytes of a panel per class.
+  int64_t class_bytes() const {
+    return (token_slices_ * (twice_ ? 2 : 1) + column_slices_) * kernels.slice_width *
+           kernels.element_bytes;
+  }
+
+  // The classes of a panel of so many bytes: whole segments, which are whole blocks of tokens.
+  int64_t capacity(int64_t bytes) const {
+    const int64_t capacity = bytes / class_bytes() / kernels.segment;
+    return std::min(std::max(capacity, int64_t{1}) * kernels.segment,
+                    rounded_up(factor_.classes(), kernels.token_block));
+  }
+
+  // factors <- the products over some classes, [y, 1] after the gram where there is one. `each` runs
+  // tasks that do not depend on each other, `multiply` the products of a panel.
+  template <class Each, class Multiply>
+  void add_up(int64_t first_class, int64_t last_class, char* memory, int64_t capacity, void* gram,
+              void* out, Each&& each, Multiply&& multiply) const {
+    const int64_t T = factor_.tokens(), K = block_.width();
+    const Panel left{memory, capacity};
+    const Panel columns = part_of(kernels, left, token_slices_, 0);
+    const Panel right = twice_ ? part_of(kernels, columns, column_slices_, 0) : left;
+    std::vector<PanelProduct> products;
+    if (gram) products.push_back(product(left, right, T, gram));
+    if (K) products.push_back(product(left, columns, K, out));
+    if (gram) products[0].triangular = true;
+    for (int64_t begin = first_class; begin < last_class; begin += capacity) {
+      const int64_t count = std::min(capacity, last_class - begin);
+      fill(begin, count, left, columns, right, each);
+      const auto segments = segments_of(count, kernels.segment);
+      for (PanelProduct& p : products) {
+        p.segments = segments.data();
+        p.segment_count = static_cast<int64_t>(segments.size()) - 1;
+      }
+      multiply(products);
+      for (PanelProduct& p : products) p.beta = 1;
+    }
+  }
+
+ private:
+  int64_t slices(int64_t columns) const {
+    return (columns + kernels.slice_width - 1) / kernels.slice_width;
+  }
+
+  PanelProduct product(Panel left, Panel right, int64_t columns, void* factor) const {
+    PanelProduct p{};
+    p.left = left;
+    p.right = right;
+    p.rows = factor_.tokens();
+    p.columns = columns;
+    p.heads = 1;
+    p.splits = 1;
+    p.factor = factor;
+    p.row_stride = columns;
+    p.alpha = 1;
+    return p;
+  }
+
+  // A task fills and packs so many classes of a group of slices.
+  template <class Each>
+  void fill(int64_t begin, int64_t count, Panel left, Panel columns, Panel right,
+            Each&& each) const {
+    constexpr int64_t kClasses = 256;
+    const int64_t T = factor_.tokens(), W = kernels.slice_width;
+    const int64_t group = std::max<int64_t>(1, 96 / W);
+    const int64_t groups = (token_slices_ + group - 1) / group;
+    const int64_t parts = (count + kClasses - 1) / kClasses;
+    each(parts * (groups + (column_slices_ > 0)), [&](int64_t task) {
+      const int64_t first = task % parts * kClasses, last = std::min(first + kClasses, count);
+      const int64_t slice = task / parts * group;
+      if (slice >= token_slices_) {
+        kernels.pack(from_row(block_, begin + first),
+                     {nullptr, roots_.wide(begin + first), last - first},
+                     part_of(kernels, columns, 0, first), false, 0, last - first);
+        return;
+      }
+      const int64_t token = slice * W, last_token = std::min(token + group * W, T);
+      auto fill = [&](int64_t from, int64_t to, bool by_class, void* data, int64_t stride) {
+        factor_.fill(from, to, begin + first, begin + last, roots_.plain(), by_class, data, stride);
+      };
+      if (kernels.sides_alike) {  // a panel is the factor as it is, slice by slice
+        for (int64_t t = token; t < last_token; t += W)
+          fill(t, std::min(t + W, last_token), true, part_of(kernels, left, t / W, first).data, W);
+        return;
+      }
+      static thread_local PanelMemory buffer;
+      buffer.reserve(kClasses * group * W * factor_.width());
+      fill(token, last_token, false, buffer.data(), kClasses);
+      kernels.pack_columns(buffer.data(), kClasses, last_token - token, last - first,
+                           part_of(kernels, left, slice, first),
+                           twice_ ? part_of(kernels, right, slice, first) : Panel{nullptr, left.capacity});
+    });
+  }
+
+  const TokenFactor& factor_;
+  const Roots& roots_;
+  const Activations& block_;
+  bool twice_;
+  int64_t token_slices_, column_slices_;
+};
+
+// Classes are shared out where the sums of a share are small enough: a thread that makes a panel
+// then multiplies it itself, and no panel goes from the cache of one core to that of another. How
+// many shares there are does not depend on the threads, nor do the bits.
+struct Shares {
+  static constexpr int64_t kFewest = 8, kMost = 32, kFewestClasses = 512;
+
+  Shares(int64_t classes, int64_t sum_bytes, int64_t bytes, int64_t segment) {
+    const int64_t affordable = std::min(kMost, bytes / std::max<int64_t>(sum_bytes, 1));
+    const int64_t wanted = std::min(affordable, classes / kFewestClasses);
+    if (wanted < kFewest) return;
+    width = rounded_up((classes + wanted - 1) / wanted, segment);
+    count = (classes + width - 1) / width;
+  }
+
+  int64_t count = 1, width = 0;
+};
+
+// out <- U^T diag(scale) [y, 1] and the lower triangle of gram <- U^T diag(scale) U.
 void project(std::vector<Tensor> logits, const Tensor& reference, const Tensor& unit,
              const Optional& labels, const Optional& at_label, double temperature,
              const Optional& scale, const Tensor& y, bool ones, std::string precision,
@@ -164,81 +297,65 @@ void project(std::vector<Tensor> logits, const Tensor& reference, const Tensor& 
   Activations block = block_of(y, "y", V, wide);
   block.bias = ones;
   const int64_t K = block.width();
-  flat_of(out, logits[0], T * K, "out");
-  if (gram) flat_of(*gram, logits[0], T * T, "gram");
+  auto* const outs = static_cast<char*>(flat_of(out, logits[0], T * K, "out"));
+  char* const grams =
+      gram ? static_cast<char*>(flat_of(*gram, logits[0], T * T, "gram")) : nullptr;
   const Roots roots(scale ? flat_of(*scale, logits[0], V, "scale") : nullptr, V, wide);
+  const Projection projection(factor, roots, block, grams != nullptr, precision);
+  const PanelKernels& kernels = projection.kernels;
 
-  const PanelKernels& kernels = kernels_for(wide, precision);
-  const int64_t W = kernels.slice_width, bytes = W * kernels.element_bytes;
-  const int64_t token_slices = (T + W - 1) / W, column_slices = (K + W - 1) / W;
-  const bool twice = gram && !kernels.sides_alike;
-  const int64_t slices = token_slices * (twice ? 2 : 1) + column_slices;
-  // Whole segments, which are whole blocks of tokens. Where there are many tokens it is the results
-  // that go to and fro in memory, once per panel: then a few segments, cached or not.
-  const int64_t wanted = std::max(kCachedBytes, 4 * kernels.segment * slices * bytes);
-  int64_t capacity = std::min(workspace, wanted) / (slices * bytes);
-  capacity = std::max(capacity / kernels.segment, int64_t{1}) * kernels.segment;
-  capacity = std::min(capacity, rounded_up(V, kernels.token_block));
-  const PanelMemory memory(capacity * slices * bytes);
-  const Panel left{memory.data(), capacity};
-  const Panel block_panel = part_of(kernels, left, token_slices, 0);
-  const Panel right = twice ? part_of(kernels, block_panel, column_slices, 0) : left;
-
-  std::vector<PanelProduct> products;
-  auto add = [&](Tensor& factor, const Panel& other, int64_t columns, bool triangular) {
+  const int64_t gram_bytes = grams ? T * T * factor.width() : 0, out_bytes = T * K * factor.width();
+  const Shares shares(V, gram_bytes + out_bytes, workspace / 2, kernels.segment);
+  if (shares.count == 1) {
+    // Where there are many tokens it is the results that go to and fro in memory, once per panel:
+    // then a few segments, cached or not.
+    const int64_t wanted =
+        std::max(kCachedBytes, 4 * kernels.segment * projection.class_bytes());
+    const int64_t capacity = projection.capacity(std::min(workspace, wanted));
+    const PanelMemory memory(capacity * projection.class_bytes());
+    projection.add_up(
+        0, V, memory.data(), capacity, grams, outs,
+        [](int64_t count, auto&& task) { share_out(count, task); },
+        [&](const std::vector<PanelProduct>& products) { multiply(kernels, products, wide); });
+    return;
+  }
+  constexpr int64_t kThreads = 16;  // whose panels the other half of the workspace is for
+  const int64_t most = projection.capacity(std::min(workspace / 2 / kThreads, kOwnBytes));
+  const int64_t panels = (shares.width + most - 1) / most;
+  const int64_t capacity = rounded_up((shares.width + panels - 1) / panels, kernels.segment);
+  const PanelMemory sums(shares.count * (gram_bytes + out_bytes));
+  char* const out_sums = sums.data() + shares.count * gram_bytes;
+  share_out(
+      shares.count, [&] { return PanelMemory(capacity * projection.class_bytes()); },
+      [&](const PanelMemory& memory, int64_t share) {
+        const int64_t first = share * shares.width, last = std::min(first + shares.width, V);
+        projection.add_up(
+            first, last, memory.data(), capacity,
+            grams ? sums.data() + share * gram_bytes : nullptr, out_sums + share * out_bytes,
+            [](int64_t count, auto&& task) {
+              for (int64_t i = 0; i < count; ++i) task(i);
+            },
+            [&](const std::vector<PanelProduct>& products) {
+              for (const PanelProduct& p : products)
+                for (int64_t tile = 0; tile < kernels.tile_count(p); ++tile)
+                  kernels.multiply_tile(p, tile);
+            });
+      });
+  auto add = [&](void* to, char* partial, int64_t columns, bool triangular) {
     PanelProduct p{};
-    p.left = left;
-    p.right = other;
     p.rows = T;
     p.columns = columns;
     p.heads = 1;
     p.triangular = triangular;
-    p.factor = factor.data_ptr();
+    p.splits = shares.count;
+    p.partial = partial;
+    p.factor = to;
     p.row_stride = columns;
     p.alpha = 1;
-    products.push_back(p);
+    add_splits(kernels, p);
   };
-  if (gram) add(*gram, right, T, true);
-  if (K) add(out, block_panel, K, false);
-
-  // a thread fills and packs so many classes of a group of slices at a time
-  constexpr int64_t kClasses = 256;
-  const int64_t group = std::max<int64_t>(1, 96 / W), groups = (token_slices + group - 1) / group;
-  for (int64_t begin = 0; begin < V; begin += capacity) {
-    const int64_t count = std::min(capacity, V - begin);
-    const int64_t parts = (count + kClasses - 1) / kClasses;
-    share_out(parts * (groups + (K > 0)), [&](int64_t task) {
-      const int64_t first = task % parts * kClasses, last = std::min(first + kClasses, count);
-      const int64_t slice = task / parts * group;
-      if (slice >= token_slices) {
-        kernels.pack(from_row(block, begin + first), {nullptr, roots.wide(begin + first), last - first},
-                     part_of(kernels, block_panel, 0, first), false, 0, last - first);
-        return;
-      }
-      const int64_t token = slice * W, last_token = std::min(token + group * W, T);
-      auto fill = [&](int64_t from, int64_t to, bool by_class, void* data, int64_t stride) {
-        factor.fill(from, to, begin + first, begin + last, roots.plain(), by_class, data, stride);
-      };
-      if (kernels.sides_alike) {  // a panel is the factor as it is, slice by slice
-        for (int64_t t = token; t < last_token; t += W)
-          fill(t, std::min(t + W, last_token), true, part_of(kernels, left, t / W, first).data, W);
-        return;
-      }
-      static thread_local PanelMemory buffer;
-      buffer.reserve(kClasses * group * W * factor.width());
-      fill(token, last_token, false, buffer.data(), kClasses);
-      kernels.pack_columns(buffer.data(), kClasses, last_token - token, last - first,
-                           part_of(kernels, left, slice, first),
-                           twice ? part_of(kernels, right, slice, first) : Panel{nullptr, capacity});
-    });
-    const auto segments = segments_of(count, kernels.segment);
-    for (PanelProduct& p : products) {
-      p.segments = segments.data();
-      p.segment_count = static_cast<int64_t>(segments.size()) - 1;
-    }
-    multiply(kernels, products, wide);
-    for (PanelProduct& p : products) p.beta = 1;
-  }
+  if (grams) add(grams, sums.data(), T, true);
+  if (K) add(outs, out_sums, K, false);
 }
 
 // out <- diag(y_scale) y + alpha diag(scale) U c: the coefficients are packed once, a thread makes the

@@ -38,7 +38,7 @@ class EmpiricalFisher(LogitsOperator):
         logsumexp: logsumexp(z / τ) [...], if at hand.
         reduction: "mean" divides by N = Σ w over the tokens that have a label, "sum" does not.
         ignore_index: the label of a token that has none.
-        workspace: bytes for parts of U; None: 32 MiB on the CPU, 512 MiB on a GPU.
+        workspace: bytes for parts of U; None: 64 MiB on the CPU, 512 MiB on a GPU.
         precision: of products with U, see :func:`fisherkern.covariance_update_`.
         memory: bytes that a solve may take, see :class:`fisherkern.SoftmaxFisher`.
 

@@ -26,7 +26,7 @@ class SoftmaxFisher(MeanFisher, LogitsOperator):
         temperature: τ > 0; p = softmax(z / τ).
         logsumexp: logsumexp(z / τ) [...], if at hand.
         reduction: "mean" divides by N = Σ w (zero where N = 0), "sum" does not.
-        workspace: bytes for parts of U; None: 32 MiB on the CPU, 512 MiB on a GPU.
+        workspace: bytes for parts of U; None: 64 MiB on the CPU, 512 MiB on a GPU.
         precision: of products with U, see :func:`fisherkern.covariance_update_`.
         memory: bytes that a solve may take beside inputs, result and workspace; None: 2 GiB on the
             CPU, 8 GiB on a GPU. The Woodbury identity takes 20 T²; where that is more, conjugate

@@ -229,6 +229,42 @@ def test_repeats_bit_for_bit(backend: str) -> None:
     assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
 
 
+@pytest.mark.skipif(SLOW, reason="about how the C++ back end shares out classes")
+@pytest.mark.parametrize("k", [0, 1, 77])
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_many_classes(
+    backend: str, dtype: torch.dtype, k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases.require(backend, dtype)
+    monkeypatch.setitem(globals(), "V", 6001)
+    a = tokens(dtype, (60,))
+    y, s = normal(dtype, V, k), per_class(dtype)
+
+    def project(y: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        return fk.softmax_fisher_project(
+            **a, y=y, scale=s, temperature=TAU, ones=True, gram=True, **options
+        )
+
+    found, gram = project(y)
+    truth, gram_truth = reference.softmax_fisher_project(
+        **in_float64(a), y=y.double(), scale=s.double(), temperature=TAU, ones=True, gram=True
+    )
+    scaled = plain_factor(a) * s
+    check(found, scaled, torch.cat([y, torch.ones_like(s)[:, None]], 1), truth)
+    check(gram, scaled, plain_factor(a).mT, gram_truth, triangular=True)
+    # in a workspace that leaves no room for the sums of shares
+    for x, expected in zip(project(y, workspace=1), (found, gram), strict=True):
+        assert cases.error(x, expected) <= 1e-6
+    if backend == "cpp":
+        threads = torch.get_num_threads()
+        torch.set_num_threads(3 - min(threads, 2))
+        try:
+            again = project(y)
+        finally:
+            torch.set_num_threads(threads)
+        assert all(torch.equal(x, y) for x, y in zip(again, (found, gram), strict=True))
+
+
 def test_strided_blocks(backend: str) -> None:
     a = tokens(torch.float32, (12,))
     wide = normal(torch.float32, 9, V)

@@ -21,7 +21,7 @@ from fisherkern.ops.softmax_fisher._common import flat
 from fisherkern.reference import accumulation_dtype
 
 # Bytes for parts of U and of what it is multiplied by.
-WORKSPACE = {"cpu": 32 << 20, "cuda": 512 << 20}
+WORKSPACE = {"cpu": 64 << 20, "cuda": 512 << 20}
 
 _FACTOR = (
     "Tensor[] logits, Tensor reference, Tensor unit, Tensor? labels, Tensor? at_label, "
@@ -232,7 +232,7 @@ def softmax_fisher_project(
         ones: whether Y has a last column of ones that is not in memory.
         gram: whether to return the Gram matrix too.
         precision: of products on matrix units, see :func:`fisherkern.covariance_update_`.
-        workspace: bytes for parts of U and Y; None: 32 MiB on the CPU, 512 MiB on a GPU.
+        workspace: bytes for parts of U and Y; None: 64 MiB on the CPU, 512 MiB on a GPU.
 
     Returns:
         [T, k], or [T, k + 1] with `ones`, T tokens in the order of the leading dimensions; with
