@@ -25,6 +25,8 @@ from fisherkern.bench.training_problems import NATURAL, PROBLEMS, Problem
 # Captures come at every second step, inverses at powers of two, which are left out: of the others
 # an odd one solves alone, and an even one captures. Memory is warm after so many.
 _WARM = 5
+# After that one of each.
+_FEWEST = _WARM + 2
 
 
 def measure(problem: Problem, batch: int, steps: int) -> dict[str, float]:
@@ -33,7 +35,7 @@ def measure(problem: Problem, batch: int, steps: int) -> dict[str, float]:
     Args:
         problem: what is trained.
         batch: windows of a step.
-        steps: taken with each optimizer, at least seven.
+        steps: taken with each optimizer, at least `_FEWEST`.
     """
     torch.manual_seed(0)
     model = problem.model()
@@ -91,6 +93,8 @@ def main() -> None:
     parser.add_argument("--inverse-period", type=int, default=100)
     parser.add_argument("--output", type=Path, help="JSON file")
     arguments = parser.parse_args()
+    if arguments.steps < _FEWEST:
+        parser.error(f"--steps is {arguments.steps}; allowed are ints >= {_FEWEST}")
     problem = PROBLEMS[arguments.problem]()
     batch = arguments.batch or problem.batch
     seconds = measure(problem, batch, arguments.steps)

@@ -258,7 +258,8 @@ class Projection {
       fill(token, last_token, false, buffer.data(), kClasses);
       kernels.pack_columns(buffer.data(), kClasses, last_token - token, last - first,
                            part_of(kernels, left, slice, first),
-                           twice_ ? part_of(kernels, right, slice, first) : Panel{nullptr, left.capacity});
+                           twice_ ? part_of(kernels, right, slice, first)
+                                  : Panel{nullptr, left.capacity});
     });
   }
 
@@ -309,8 +310,7 @@ void project(std::vector<Tensor> logits, const Tensor& reference, const Tensor& 
   if (shares.count == 1) {
     // Where there are many tokens it is the results that go to and fro in memory, once per panel:
     // then a few segments, cached or not.
-    const int64_t wanted =
-        std::max(kCachedBytes, 4 * kernels.segment * projection.class_bytes());
+    const int64_t wanted = std::max(kCachedBytes, 4 * kernels.segment * projection.class_bytes());
     const int64_t capacity = projection.capacity(std::min(workspace, wanted));
     const PanelMemory memory(capacity * projection.class_bytes());
     projection.add_up(

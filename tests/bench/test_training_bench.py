@@ -178,15 +178,22 @@ def test_the_cost_of_a_step(
     assert training_cost.ratio(parts, 10, 100) == 2.5
     monkeypatch.setitem(training_cost.PROBLEMS, "gpt", lambda: problem)
     path = tmp_path / "cost.json"
-    monkeypatch.setattr(
-        "sys.argv", ["cost", "--batch", "3", "--steps", "10", "--output", str(path)]
-    )
+    monkeypatch.setattr("sys.argv", ["cost", "--batch", "3", "--steps", "7", "--output", str(path)])
     training_cost.main()
     written = json.loads(path.read_text())
     assert written["tokens_per_step"] == 24
     assert set(written["seconds"]) == {"AdamW", "solve", "capture", "inverses"}
     assert min(written["seconds"].values()) > 0
     assert f"{written['mean_step_over_adamw']:.2f}" in capsys.readouterr().out
+
+
+def test_too_few_steps_to_time(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("sys.argv", ["cost", "--steps", "6"])
+    with pytest.raises(SystemExit):
+        training_cost.main()
+    assert "--steps is 6; allowed are ints >= 7" in capsys.readouterr().err
 
 
 def test_steps_that_are_timed_are_of_their_kind(
