@@ -4,17 +4,23 @@
 with the factors of plain PyTorch (as kfac-pytorch's ``get_cov`` and its running average), and with
 :class:`fisherkern.curvature.Capture`, alternately, and prints Markdown. The head is left out of
 both, for kfac-pytorch cannot hold its factor. Capture time is that of the pass less a bare one.
+
+Memory is the resident high-water mark of a process that makes three such passes alone, less that
+of one that makes bare passes and less the factors. It is measured twice: as malloc is, where it
+counts the holes in the heap of glibc too, and with a mapping per tensor, where there are none.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
+import os
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -82,90 +88,112 @@ class PlainFactors:
             handle.remove()
 
 
-def training_pass(network: nn.Module, tokens: Tensor) -> None:
-    """Forward and backward of the mean loss over all tokens but the last of each row."""
-    network(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+BARE, PLAIN, OURS = "bare", "plain PyTorch", "fisherkern"
+KINDS = (BARE, PLAIN, OURS)
+# glibc: that many bytes and more are mapped, always, where it otherwise raises the bound as it goes
+_MAPPED = {"MALLOC_MMAP_THRESHOLD_": str(2**17)}
+_PASSES = 3
 
 
-def measured(network: nn.Module, tokens: Tensor, repeats: int) -> dict[str, Any]:
-    """Seconds of each kind of pass, peak memory of it, and the error of the factors."""
-    layers = linear_layers(network)
-    terms = tokens[:, 1:].numel()
-    plain = PlainFactors(layers)
-    plain.terms = terms
-    ours = Capture(network, fisher_type="empirical", ema_decay=_DECAY, layers=list(layers))
-    contexts: dict[str, Callable[[], AbstractContextManager[Any]]] = {
-        "bare": nullcontext,
-        "plain PyTorch": lambda: plain,
-        "fisherkern": lambda: _batch(ours, terms),
-    }
-    for context in contexts.values():  # gradients exist and threads are started afterwards
-        with context():
-            training_pass(network, tokens)
-    worst = _difference(plain, ours)
-    seconds: dict[str, list[float]] = {name: [] for name in contexts}
+class Passes:
+    """Training passes of each kind on one batch."""
+
+    def __init__(self, network: nn.Module, tokens: Tensor, kinds: Sequence[str] = KINDS) -> None:
+        self.network, self.tokens = network, tokens
+        self.layers = linear_layers(network)
+        self.terms = tokens[:, 1:].numel()
+        if PLAIN in kinds:
+            self.plain = PlainFactors(self.layers)
+            self.plain.terms = self.terms
+        if OURS in kinds:
+            names = list(self.layers)
+            self.ours = Capture(network, fisher_type="empirical", ema_decay=_DECAY, layers=names)
+
+    def run(self, kind: str) -> None:
+        """Forward and backward of the mean loss over all tokens but the last of each row."""
+        with ExitStack() as stack:
+            if kind == PLAIN:
+                stack.enter_context(self.plain)
+            if kind == OURS:
+                stack.enter_context(self.ours)
+                stack.enter_context(self.ours.batch(terms=self.terms))
+            batch = {"input_ids": self.tokens, "labels": self.tokens}
+            self.network(**batch, use_cache=False).loss.backward()
+
+    def factor_bytes(self) -> int:
+        """Bytes of A and G of all layers."""
+        widths = [width for x in self.layers.values() for width in x.weight.shape]
+        return sum(4 * width**2 for width in widths)
+
+    def difference(self) -> float:
+        """The largest relative difference of a factor; both saw one batch."""
+        worst = 0.0
+        for name, curvature in self.ours.layers.items():
+            assert isinstance(curvature, KroneckerCurvature)
+            G, A = curvature.factors()
+            tokens = float(curvature.A.count / curvature.G.count)  # G per term, theirs per token
+            for mine, key, scale in ((A, "A", 1.0), (G, "G", tokens)):
+                theirs = self.plain.factors[name, key] / (1 - _DECAY) * scale
+                worst = max(worst, float((mine - theirs).norm() / theirs.norm()))
+        return worst
+
+
+def timed(passes: Passes, repeats: int) -> dict[str, Any]:
+    """Seconds of each kind of pass, and the error of the factors."""
+    for kind in KINDS:  # gradients exist and threads are started afterwards
+        passes.run(kind)
+    worst = passes.difference()
+    seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for _ in range(repeats):
-        for name, context in contexts.items():
+        for kind in KINDS:
             began = time.perf_counter()
-            with context():
-                training_pass(network, tokens)
-            seconds[name].append(time.perf_counter() - began)
-    peaks = {}
-    for name, context in contexts.items():
-
-        def once(context: Callable[[], AbstractContextManager[Any]] = context) -> None:
-            with context():
-                training_pass(network, tokens)
-
-        gc.collect()
-        peaks[name] = measure.peak_extra_bytes(once)
-    factors = sum(
-        average._sum.numel() * average._sum.element_size()
-        for curvature in ours.layers.values()
-        for average in curvature.averages.values()
-    )
-    return {
-        "layers": len(layers),
-        "seconds": seconds,
-        "peak_bytes": peaks,
-        "factor_bytes": factors,
-        "difference": worst,
-    }
+            passes.run(kind)
+            seconds[kind].append(time.perf_counter() - began)
+    return {"layers": len(passes.layers), "seconds": seconds, "difference": worst}
 
 
-def _batch(ours: Capture, terms: int) -> AbstractContextManager[Any]:
-    stack = ExitStack()
-    stack.enter_context(ours)
-    stack.enter_context(ours.batch(terms=terms))
-    return stack
+def peak_alone(passes: Passes, kind: str) -> int:
+    """The high-water mark of this process after some passes of a kind, in bytes."""
+    for _ in range(_PASSES):
+        passes.run(kind)
+    return measure.resident_peak_bytes()
 
 
-def _difference(plain: PlainFactors, ours: Capture) -> float:
-    """The largest relative difference of a factor; both saw one batch."""
-    worst = 0.0
-    for name, curvature in ours.layers.items():
-        assert isinstance(curvature, KroneckerCurvature)
-        G, A = curvature.factors()
-        tokens = float(curvature.A.count / curvature.G.count)  # G is per term, theirs per token
-        for mine, key, scale in ((A, "A", 1.0), (G, "G", tokens)):
-            theirs = plain.factors[name, key] / (1 - _DECAY) * scale
-            worst = max(worst, float((mine - theirs).norm() / theirs.norm()))
-    return worst
+def peaks(options: Sequence[str]) -> dict[str, dict[str, int]]:
+    """The same of each kind in a process of its own, by settings of malloc."""
+    found: dict[str, dict[str, int]] = {}
+    for setting, variables in (("malloc as it is", {}), ("a mapping per tensor", _MAPPED)):
+        found[setting] = {}
+        for kind in KINDS:
+            command = [sys.executable, "-m", "fisherkern.bench.capture", *options, "--alone", kind]
+            environment = {**os.environ, **variables}
+            told = subprocess.run(
+                command, env=environment, stdout=subprocess.PIPE, text=True, check=True
+            )
+            found[setting][kind] = int(told.stdout)
+    return found
 
 
 def table(found: dict[str, Any]) -> str:
     """Markdown."""
-    medians = {name: statistics.median(times) for name, times in found["seconds"].items()}
-    bare, least = medians["bare"], found["peak_bytes"]["bare"]
-    lines = ["| pass | s | capture s | memory beyond a bare pass, MiB |", "|---|---|---|---|"]
-    for name, seconds in medians.items():
-        extra = (found["peak_bytes"][name] - least) / _MIB
-        lines.append(f"| {name} | {seconds:.2f} | {seconds - bare:.2f} | {extra:.0f} |")
-    ratio = (medians["plain PyTorch"] - bare) / (medians["fisherkern"] - bare)
+    medians = {kind: statistics.median(times) for kind, times in found["seconds"].items()}
+    bare = medians[BARE]
+    lines = ["| pass | s | capture s |", "|---|---|---|"]
+    for kind, seconds in medians.items():
+        lines.append(f"| {kind} | {seconds:.2f} | {seconds - bare:.2f} |")
+    ratio = (medians[PLAIN] - bare) / (medians[OURS] - bare)
     lines.append(
         f"\nCapture of {found['layers']} layers is {ratio:.2f} times faster; factors take "
         f"{found['factor_bytes'] / _MIB:.0f} MiB and differ by {found['difference']:.1e}."
     )
+    if found["peak_bytes"]:
+        lines += [
+            "\n| MiB | a bare pass | plain PyTorch beyond it and the factors | fisherkern |",
+            "|---|---|---|---|",
+        ]
+    for setting, peak in found["peak_bytes"].items():
+        extra = [(peak[kind] - peak[BARE] - found["factor_bytes"]) / _MIB for kind in (PLAIN, OURS)]
+        lines.append(f"| {setting} | {peak[BARE] / _MIB:.0f} | {extra[0]:.0f} | {extra[1]:.0f} |")
     return "\n".join(lines)
 
 
@@ -177,11 +205,26 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512, help="per window")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, help="JSON file")
+    parser.add_argument("--alone", choices=KINDS, help="print the peak of passes of one kind")
     arguments = parser.parse_args()
     loaded = model.load(arguments.model)
     _, texts = text.passages(None)
     windows = text.windows(texts, loaded.tokenizer, arguments.windows, arguments.tokens).tokens
-    found = measured(loaded.model.train(), windows, arguments.repeats)
+    network = loaded.model.train()
+    if arguments.alone:
+        print(peak_alone(Passes(network, windows, [arguments.alone]), arguments.alone))
+        return
+    options = ["--windows", str(arguments.windows), "--tokens", str(arguments.tokens)]
+    if arguments.model:
+        options += ["--model", arguments.model]
+    # before the passes of this process, whose memory it keeps
+    peak = peaks(options) if measure.sees_resident_memory() else {}
+    passes = Passes(network, windows)
+    found = {
+        **timed(passes, arguments.repeats),
+        "factor_bytes": passes.factor_bytes(),
+        "peak_bytes": peak,
+    }
     print(table(found))
     if arguments.output is not None:
         whole = {"environment": results.environment("cpu"), "tokens": list(windows.shape), **found}

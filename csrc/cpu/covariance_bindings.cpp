@@ -106,7 +106,12 @@ void update(const Activations& left, const Activations& right, const Tokens& tok
   capacity = std::clamp<int64_t>(tokens.size(), 1, capacity);
   capacity = rounded_up(capacity, kernels.token_block);
 
-  const PanelMemory memory(capacity * token_bytes);
+  // a small panel is kept by the thread: to map and fault its pages anew takes a tenth of such a call
+  static thread_local PanelMemory kept;
+  constexpr int64_t kKept = 2 << 20;
+  PanelMemory own;
+  PanelMemory& memory = capacity * token_bytes <= kKept ? kept : own;
+  memory.reserve(&memory == &kept ? kKept : capacity * token_bytes);
   product.left = product.right = {memory.data(), capacity};
   if (!one) product.right.data = memory.data() + capacity * left_columns * kernels.element_bytes;
 

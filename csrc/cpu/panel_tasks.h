@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdint>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -42,8 +43,9 @@ void share_out(int64_t count, Make&& make, Task&& task) {
   });
 }
 
-// Bytes on cache lines, not initialised. Many are on pages of 2 MiB if the system has them: products
-// go to and fro in them, past what a translation buffer holds.
+// Bytes on cache lines, not initialised. Many are a mapping of their own on Linux, on pages of 2 MiB if
+// the system has them: products go to and fro in them, past what a translation buffer holds. They are not
+// taken from the heap, where a call between a network's activations would leave a hole of its size.
 class PanelMemory {
  public:
   explicit PanelMemory(int64_t bytes = 0) { reserve(bytes); }
@@ -51,22 +53,53 @@ class PanelMemory {
   // At least so many; what was there is lost.
   void reserve(int64_t bytes) {
     if (bytes <= bytes_) return;
-    const int64_t alignment = bytes < kPage ? kLine : kPage;
-    bytes_ = rounded_up(bytes, alignment);
-    memory_.reset(static_cast<char*>(std::aligned_alloc(alignment, bytes_)));
-    if (!memory_) throw std::bad_alloc();
+    memory_.reset();  // before more is asked for
+    bytes_ = 0;
 #if defined(__linux__)
-    if (alignment == kPage) madvise(memory_.get(), bytes_, MADV_HUGEPAGE);
+    if (bytes >= kPage) {
+      map(bytes);
+      return;
+    }
 #endif
+    const int64_t size = rounded_up(bytes, kLine);
+    memory_ = {static_cast<char*>(std::aligned_alloc(kLine, size)), Release{}};
+    if (!memory_) throw std::bad_alloc();
+    bytes_ = size;
   }
   char* data() const { return memory_.get(); }
 
  private:
   static constexpr int64_t kLine = 64, kPage = 2 << 20;
-  struct Free {
-    void operator()(char* memory) const { std::free(memory); }
+  struct Release {
+    int64_t mapped;  // bytes, or 0: it is of the heap
+    void operator()(char* memory) const {
+#if defined(__linux__)
+      if (mapped) {
+        munmap(memory, mapped);
+        return;
+      }
+#endif
+      std::free(memory);
+    }
   };
-  std::unique_ptr<char, Free> memory_;
+
+#if defined(__linux__)
+  void map(int64_t bytes) {
+    // one page more than is needed, and both ends given back, for the kernel aligns to 4 KiB
+    const int64_t size = rounded_up(bytes, kPage);
+    void* whole = mmap(nullptr, size + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (whole == MAP_FAILED) throw std::bad_alloc();
+    char* begin = static_cast<char*>(whole);
+    const int64_t before = -reinterpret_cast<intptr_t>(whole) & (kPage - 1);
+    if (before) munmap(begin, before);
+    munmap(begin + before + size, kPage - before);
+    memory_ = {begin + before, Release{size}};
+    madvise(memory_.get(), size, MADV_HUGEPAGE);
+    bytes_ = size;
+  }
+#endif
+
+  std::unique_ptr<char, Release> memory_;
   int64_t bytes_ = 0;
 };
 

@@ -80,6 +80,11 @@ def sees_resident_memory() -> bool:
         return False
 
 
+def resident_peak_bytes() -> int:
+    """The resident high-water mark of this process, on Linux."""
+    return _status("VmHWM")
+
+
 def _status(field: str) -> int:
     lines = _STATUS.read_text().splitlines()
     return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
