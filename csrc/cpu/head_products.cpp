@@ -61,26 +61,43 @@ void for_depths(int64_t first, int64_t last, int64_t most, Body&& body) {
     body(first + i * (last - first) / steps, first + (i + 1) * (last - first) / steps);
 }
 
-// sums [kRows][kSumsStride] of `count` terms, or those added to what is there.
-template <class A>
+// sums [R][kSumsStride] of `count` terms in N vectors each, or those added to what is there.
+template <int N, int R, class A>
 void micro_tile(const A* left, const A* right, int64_t count, bool add, A* sums) {
   constexpr int L = kLanes<A>;
-  Vec<A> sum[kRows][2] = {};
+  Vec<A> sum[R][N] = {};
   for (int64_t k = 0; k < count; ++k) {
-    const Vec<A> b0 = load(right), b1 = load(right + L);
+    Vec<A> b[N];
+#pragma GCC unroll 2
+    for (int j = 0; j < N; ++j) b[j] = load(right + j * L);
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < R; ++r) {
       const Vec<A> a = broadcast(left[r * kDepth<A> + k]);
-      sum[r][0] = multiply_add(a, b0, sum[r][0]);
-      sum[r][1] = multiply_add(a, b1, sum[r][1]);
+#pragma GCC unroll 2
+      for (int j = 0; j < N; ++j) sum[r][j] = multiply_add(a, b[j], sum[r][j]);
     }
     right += kWidth<A>;
   }
 #pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
+  for (int r = 0; r < R; ++r) {
     A* const to = sums + r * kSumsStride;
-    for (int j = 0; j < 2; ++j) store(to + j * L, add ? load(to + j * L) + sum[r][j] : sum[r][j]);
+    for (int j = 0; j < N; ++j) store(to + j * L, add ? load(to + j * L) + sum[r][j] : sum[r][j]);
   }
+}
+
+template <class A>
+using MicroTile = void (*)(const A*, const A*, int64_t, bool, A*);
+
+// That of the fewest rows, at least so many, of those that there are.
+template <int N, class A>
+MicroTile<A> micro_tile_of(int64_t rows) {
+  constexpr int kHalf = kRows / 2, kThird = kRows / 3;
+  if (rows <= kThird) return micro_tile<N, kThird, A>;
+  if (rows <= kHalf) return micro_tile<N, kHalf, A>;
+  if (rows <= 2 * kThird) return micro_tile<N, 2 * kThird, A>;
+  if (rows <= kRows - 2) return micro_tile<N, kRows - 2, A>;
+  if (rows <= kRows - 1) return micro_tile<N, kRows - 1, A>;
+  return micro_tile<N, kRows, A>;
 }
 
 // Lines of a matrix to ask for while something else is multiplied.
@@ -137,16 +154,20 @@ struct alignas(64) Block {
     return *block;
   }
 
-  // `rows` as in left by as many slivers as hold `columns`, each `stride` elements after the last.
+  // `rows` as in left by as many slivers as hold `columns`, each `stride` elements after the last. What
+  // is computed beyond them is few rows, and less than a vector.
   void multiply(const A* from, int64_t rows, int64_t columns, int64_t count, const A* right,
                 int64_t stride, bool add, Ahead ahead, Ahead too = {}) {
-    const int64_t tiles = parts_of(rows, kRows) * parts_of(columns, kWidth<A>);
+    const int64_t height = parts_of(rows, parts_of(rows, kRows));
+    const MicroTile<A> whole = micro_tile_of<2, A>(height), half = micro_tile_of<1, A>(height);
+    const int64_t tiles = parts_of(rows, height) * parts_of(columns, kWidth<A>);
     const int64_t lines = parts_of(ahead.lines(), tiles), others = parts_of(too.lines(), tiles);
     for (int64_t c = 0; c < columns; c += kWidth<A>, right += stride) {
-      for (int64_t r = 0; r < rows; r += kRows) {
+      const MicroTile<A> tile = columns - c > kLanes<A> ? whole : half;
+      for (int64_t r = 0; r < rows; r += height) {
         ahead.fetch(lines);
         too.fetch(others);
-        micro_tile(from + r * kDepth<A>, right, count, add, sums + r * kSumsStride + c);
+        tile(from + r * kDepth<A>, right, count, add, sums + r * kSumsStride + c);
       }
     }
   }

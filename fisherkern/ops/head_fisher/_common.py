@@ -21,9 +21,11 @@ from fisherkern.reference import accumulation_dtype, normalised
 # Bytes for logits and what is made of them.
 WORKSPACE = {"cpu": 64 << 20, "cuda": 512 << 20}
 # Of it, what is left to products for their panels and partial sums.
-_FOR_PRODUCTS = 0.25
+_FOR_PRODUCTS = 0.125
 # The slopes of a soft-cap are made for one in so many tokens of a chunk at a time.
-_SLOPES = 8
+_SLOPES = 16
+# Tokens that products on CPUs multiply at a time, and half of them.
+_VECTOR = 16
 
 SCHEMA = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor? weights, float? softcap, "
@@ -190,8 +192,11 @@ class Head:
         slopes = slopes and self.softcap is not None
         if slopes:
             row += row // _SLOPES
-        count = -(-T // max(self.budget // row, 1))
-        step = -(-T // max(count, 1))
+        most = max(self.budget // row, 1)
+        step = -(-T // max(-(-T // most), 1))
+        if most >= _VECTOR:  # of whole vectors of tokens
+            step = min(-(-step // _VECTOR), most // _VECTOR) * _VECTOR
+        step = min(step, T)
         memory = self.new(buffers, step, V)
         for_slopes = self.new(-(-step // _SLOPES) if slopes else 0, V)
         for first in range(0, T, max(step, 1)):
