@@ -1,10 +1,12 @@
-// The covariance ops on the CPU: tokens are packed into panels of bounded size, tiles of the product
-// are shared out among threads.
+// The covariance ops on the CPU: tokens are packed into panels of bounded size. Tokens are shared out among
+// threads where there are many, tiles of the product where there are few.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cmath>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../checks.h"
@@ -59,6 +61,11 @@ class Tokens {
     bounds_.push_back(size());
   }
 
+  // For operands that are weighted on both sides of a product.
+  void take_roots() {
+    for (double& w : weight_) w = std::sqrt(w);
+  }
+
   int64_t size() const { return static_cast<int64_t>(position_.size()); }
   const std::vector<int64_t>& bounds() const { return bounds_; }
 
@@ -87,59 +94,141 @@ const PanelKernels& kernels_for(const Activations& x, const Tokens& tokens,
   return FISHERKERN_KERNEL(panel_kernels)(wide);
 }
 
-// factor <- beta factor + alpha left^T right over all tokens, panel by panel.
-void update(const Activations& left, const Activations& right, const Tokens& tokens,
-            PanelProduct product, bool wide, const std::string& precision) {
-  const PanelKernels& kernels = kernels_for(left, tokens, product, wide, precision);
-  const int64_t W = kernels.slice_width, segment = kernels.segment;
-  // one panel for both sides
-  const bool one = product.triangular && !tokens.weighted() && kernels.sides_alike;
-  const int64_t left_columns = product.heads * rounded_up(product.rows, W);
-  const int64_t columns = left_columns + (one ? 0 : product.heads * rounded_up(product.columns, W));
-  const int64_t token_bytes = columns * kernels.element_bytes;
-  int64_t capacity = std::max(kWorkspaceBytes / token_bytes / segment, int64_t{1}) * segment;
-  // where the product of a batch is squared, a panel holds whole batches
-  const auto& bounds = tokens.bounds();
-  const int64_t batches = static_cast<int64_t>(bounds.size()) - 1;
-  if (product.square)
-    for (int64_t b = 0; b < batches; ++b) capacity = std::max(capacity, bounds[b + 1] - bounds[b]);
-  capacity = std::clamp<int64_t>(tokens.size(), 1, capacity);
-  capacity = rounded_up(capacity, kernels.token_block);
+// factor <- beta factor + alpha left^T right over all tokens.
+class Update {
+ public:
+  Update(const Activations& left, const Activations& right, Tokens tokens, PanelProduct product,
+         bool wide, const std::string& precision)
+      : left_(left),
+        right_(right),
+        tokens_(std::move(tokens)),
+        product_(product),
+        wide_(wide),
+        kernels_(kernels_for(left, tokens_, product, wide, precision)),
+        one_(product.triangular && kernels_.sides_alike) {
+    if (one_) tokens_.take_roots();  // which both sides get
+    const int64_t W = kernels_.slice_width;
+    left_columns_ = product.heads * rounded_up(product.rows, W);
+    const int64_t columns =
+        left_columns_ + (one_ ? 0 : product.heads * rounded_up(product.columns, W));
+    token_bytes_ = columns * kernels_.element_bytes;
+  }
 
-  // a small panel is kept by the thread: to map and fault its pages anew takes a tenth of such a call
-  static thread_local PanelMemory kept;
-  constexpr int64_t kKept = 2 << 20;
-  PanelMemory own;
-  PanelMemory& memory = capacity * token_bytes <= kKept ? kept : own;
-  memory.reserve(&memory == &kept ? kKept : capacity * token_bytes);
-  product.left = product.right = {memory.data(), capacity};
-  if (!one) product.right.data = memory.data() + capacity * left_columns * kernels.element_bytes;
+  void run() {
+    const int64_t sums = product_.heads * product_.rows * product_.columns * element_bytes();
+    const Shares shares(tokens_.size(), sums, kWorkspaceBytes / 2, kernels_.segment);
+    if (shares.count > 1 && !product_.square)
+      run_shares(shares, sums);
+    else
+      run_panels();
+  }
 
-  int64_t begin = 0, batch = 0;
-  do {
-    std::vector<int64_t> segments{0};
-    int64_t end = begin;
-    if (product.square) {
-      for (; batch < batches && bounds[batch + 1] - begin <= capacity; ++batch)
-        if ((end = bounds[batch + 1]) - begin > segments.back()) segments.push_back(end - begin);
-    } else {
-      end = std::min(begin + capacity, tokens.size());
-      segments = segments_of(end - begin, segment);
-    }
-    constexpr int64_t kTokens = 64;  // that a thread packs at a time
-    share_out((end - begin + kTokens - 1) / kTokens, [&](int64_t i) {
-      const int64_t first = i * kTokens, last = std::min(first + kTokens, end - begin);
-      kernels.pack(left, tokens.list(begin, end, true), product.left, true, first, last);
-      if (!one)
-        kernels.pack(right, tokens.list(begin, end, false), product.right, false, first, last);
-    });
-    product.segments = segments.data();
-    product.segment_count = static_cast<int64_t>(segments.size()) - 1;
-    multiply(kernels, {product}, wide);
-    product.beta = 1;
-    begin = end;
-  } while (begin < tokens.size());
-}
+ private:
+  int64_t element_bytes() const { return wide_ ? sizeof(double) : sizeof(float); }
+
+  // As many whole segments as a panel of so many bytes takes, of all the tokens at most.
+  int64_t capacity(int64_t bytes) const {
+    const int64_t segment = kernels_.segment;
+    const int64_t most = std::max(bytes / token_bytes_ / segment, int64_t{1}) * segment;
+    return std::clamp<int64_t>(tokens_.size(), 1, most);
+  }
+
+  PanelProduct in_memory(const PanelMemory& memory, int64_t capacity) const {
+    PanelProduct p = product_;
+    p.left = p.right = {memory.data(), capacity};
+    if (!one_) p.right.data = memory.data() + capacity * left_columns_ * kernels_.element_bytes;
+    return p;
+  }
+
+  // The tokens [first, last) of those from begin to end.
+  void pack(const PanelProduct& p, int64_t begin, int64_t end, int64_t first, int64_t last) const {
+    kernels_.pack(left_, tokens_.list(begin, end, true), p.left, true, first, last);
+    if (!one_) kernels_.pack(right_, tokens_.list(begin, end, false), p.right, false, first, last);
+  }
+
+  // A panel of all threads after another, whose tiles they share.
+  void run_panels() {
+    int64_t most = capacity(kWorkspaceBytes);
+    // where the product of a batch is squared, a panel holds whole batches
+    const auto& bounds = tokens_.bounds();
+    const int64_t batches = static_cast<int64_t>(bounds.size()) - 1;
+    if (product_.square)
+      for (int64_t b = 0; b < batches; ++b) most = std::max(most, bounds[b + 1] - bounds[b]);
+    most = rounded_up(most, kernels_.token_block);
+
+    // a small panel is kept by the thread: to map and fault its pages anew takes a tenth of such a call
+    static thread_local PanelMemory kept;
+    constexpr int64_t kKept = 2 << 20;
+    PanelMemory own;
+    PanelMemory& memory = most * token_bytes_ <= kKept ? kept : own;
+    memory.reserve(&memory == &kept ? kKept : most * token_bytes_);
+    PanelProduct p = in_memory(memory, most);
+
+    int64_t begin = 0, batch = 0;
+    do {
+      std::vector<int64_t> segments{0};
+      int64_t end = begin;
+      if (p.square) {
+        for (; batch < batches && bounds[batch + 1] - begin <= most; ++batch)
+          if ((end = bounds[batch + 1]) - begin > segments.back()) segments.push_back(end - begin);
+      } else {
+        end = std::min(begin + most, tokens_.size());
+        segments = segments_of(end - begin, kernels_.segment);
+      }
+      constexpr int64_t kTokens = 64;  // that a thread packs at a time
+      share_out((end - begin + kTokens - 1) / kTokens, [&](int64_t i) {
+        pack(p, begin, end, i * kTokens, std::min((i + 1) * kTokens, end - begin));
+      });
+      p.segments = segments.data();
+      p.segment_count = static_cast<int64_t>(segments.size()) - 1;
+      multiply(kernels_, {p}, wide_);
+      p.beta = 1;
+      begin = end;
+    } while (begin < tokens_.size());
+  }
+
+  // Shares of the tokens, each with sums of its own, which are added in order.
+  void run_shares(const Shares& shares, int64_t sum_bytes) {
+    constexpr int64_t kThreads = 16;  // whose panels half of the workspace is for
+    const int64_t most = rounded_up(std::min(capacity(kWorkspaceBytes / 2 / kThreads), shares.width),
+                                    kernels_.token_block);
+    const PanelMemory sums(shares.count * sum_bytes);
+    share_out(
+        shares.count, [&] { return PanelMemory(most * token_bytes_); },
+        [&](const PanelMemory& memory, int64_t share) {
+          PanelProduct p = in_memory(memory, most);
+          p.splits = 1;
+          p.factor = sums.data() + share * sum_bytes;
+          p.row_stride = p.columns;
+          p.head_stride = p.rows * p.columns;
+          p.alpha = 1;
+          p.beta = 0;
+          const int64_t last = std::min((share + 1) * shares.width, tokens_.size());
+          for (int64_t begin = share * shares.width; begin < last; begin += most) {
+            const int64_t end = std::min(begin + most, last);
+            pack(p, begin, end, 0, end - begin);
+            const auto segments = segments_of(end - begin, kernels_.segment);
+            p.segments = segments.data();
+            p.segment_count = static_cast<int64_t>(segments.size()) - 1;
+            for (int64_t tile = 0; tile < kernels_.tile_count(p); ++tile)
+              kernels_.multiply_tile(p, tile);
+            p.beta = 1;
+          }
+        });
+    PanelProduct total = product_;
+    total.splits = shares.count;
+    total.partial = sums.data();
+    add_splits(kernels_, total);
+  }
+
+  const Activations &left_, &right_;
+  Tokens tokens_;
+  PanelProduct product_;
+  bool wide_;
+  const PanelKernels& kernels_;
+  bool one_;  // panel for both sides
+  int64_t left_columns_, token_bytes_;
+};
 
 // The factor as destination; rows and columns are those of the product.
 PanelProduct destination(const Tensor& factor, const Tensor& x, const Tensor& alpha, double beta) {
@@ -176,7 +265,8 @@ void covariance_update(const Tensor& x, const Optional& mask, const Optional& we
   p.heads = a.heads;
   p.head_stride = factor.stride(0);
   p.triangular = true;
-  update(a, a, Tokens(x, mask, weights), p, factor.scalar_type() == ScalarType::Double, precision);
+  const bool wide = factor.scalar_type() == ScalarType::Double;
+  Update(a, a, Tokens(x, mask, weights), p, wide, precision).run();
 }
 
 void cross_update(const Tensor& x, const Tensor& g, const Optional& mask, const Optional& weights,
@@ -194,8 +284,8 @@ void cross_update(const Tensor& x, const Tensor& g, const Optional& mask, const 
   STD_TORCH_CHECK(factor.dim() == 2 && p.rows == left.width() && p.columns == right.width(),
                   "factor must be [columns of g, columns of x]");
   p.square = form == "samples";
-  update(left, right, Tokens(x, mask, weights), p, factor.scalar_type() == ScalarType::Double,
-         precision);
+  const bool wide = factor.scalar_type() == ScalarType::Double;
+  Update(left, right, Tokens(x, mask, weights), p, wide, precision).run();
 }
 
 // Copies the rows [first, last) left of the diagonal onto the columns above it, some columns at a

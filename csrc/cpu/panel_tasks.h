@@ -110,6 +110,23 @@ inline std::vector<int64_t> segments_of(int64_t count, int64_t segment) {
   return bounds;
 }
 
+// Tokens are shared out where the sums of a share are small enough: a thread that makes a panel then
+// multiplies it itself, and no panel goes from the cache of one core to that of another. How many shares
+// there are does not depend on the threads, nor do the bits.
+struct Shares {
+  static constexpr int64_t kFewest = 8, kMost = 32, kFewestTokens = 512;
+
+  Shares(int64_t tokens, int64_t sum_bytes, int64_t bytes, int64_t segment) {
+    const int64_t affordable = std::min(kMost, bytes / std::max<int64_t>(sum_bytes, 1));
+    const int64_t wanted = std::min(affordable, tokens / kFewestTokens);
+    if (wanted < kFewest) return;
+    width = rounded_up((tokens + wanted - 1) / wanted, segment);
+    count = (tokens + width - 1) / width;
+  }
+
+  int64_t count = 1, width = 0;
+};
+
 // The sums of the splits of a product, one after the other.
 inline void add_splits(const PanelKernels& kernels, const PanelProduct& p) {
   torch::stable::parallel_for(0, p.heads * p.rows, 64, [&](int64_t first, int64_t last) {

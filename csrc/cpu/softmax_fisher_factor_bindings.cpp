@@ -270,23 +270,6 @@ class Projection {
   int64_t token_slices_, column_slices_;
 };
 
-// Classes are shared out where the sums of a share are small enough: a thread that makes a panel
-// then multiplies it itself, and no panel goes from the cache of one core to that of another. How
-// many shares there are does not depend on the threads, nor do the bits.
-struct Shares {
-  static constexpr int64_t kFewest = 8, kMost = 32, kFewestClasses = 512;
-
-  Shares(int64_t classes, int64_t sum_bytes, int64_t bytes, int64_t segment) {
-    const int64_t affordable = std::min(kMost, bytes / std::max<int64_t>(sum_bytes, 1));
-    const int64_t wanted = std::min(affordable, classes / kFewestClasses);
-    if (wanted < kFewest) return;
-    width = rounded_up((classes + wanted - 1) / wanted, segment);
-    count = (classes + width - 1) / width;
-  }
-
-  int64_t count = 1, width = 0;
-};
-
 // out <- U^T diag(scale) [y, 1] and the lower triangle of gram <- U^T diag(scale) U.
 void project(std::vector<Tensor> logits, const Tensor& reference, const Tensor& unit,
              const Optional& labels, const Optional& at_label, double temperature,

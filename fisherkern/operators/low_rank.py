@@ -57,6 +57,8 @@ class DiagonalPlusLowRank(LowRankOperator):
         super().__init__()
         self._precision = checks.choice("precision", precision, PRECISIONS)
         d = checks.array("diagonal", diagonal, ("n",), _DTYPES)
+        if bool((d < 0).any()):
+            raise ValueError(f"diagonal holds {d.min().item():g}; allowed are values >= 0")
         u = checks.array("factor", factor, ("n", "r"), (d.dtype,))
         checks.device("factor", u, d, "diagonal")
         if u.shape[0] != d.shape[0]:

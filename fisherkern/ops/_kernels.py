@@ -8,8 +8,8 @@ operand    form
 row        logits, v, grad, a row output: [B, S, V], strides (any, any, 1), T = B·S tokens;
            inputs may be expanded (stride 0); dtype float32, bfloat16, float16 (float64 on the CPU)
 directions [B, S, K, V], strides (any, any, any, 1)
-per token  weights, logsumexp, mask (bool), labels (int64), stats [T, 5], scalars [T], [T, K, K]:
-           contiguous, in the accumulation dtype (float32; float64 for float64 logits)
+per token  weights (≥ 0), logsumexp, mask (bool), labels (int64), stats [T, 5], scalars [T],
+           [T, K, K]: contiguous, in the accumulation dtype (float32; float64 for float64 logits)
 per class  [V], contiguous, accumulation dtype
 seed       int64 [2]: the key, and the index of the first token among those that share the key
 ========== ===================================================================================

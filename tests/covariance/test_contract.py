@@ -105,9 +105,9 @@ def test_reruns_give_the_same_bits(backend: str, op: Op) -> None:
 
 
 @pytest.mark.skipif(SLOW, reason="the interpreter and the emulation have no threads")
-@pytest.mark.parametrize("d", [40, 400])
-def test_threads_do_not_change_the_bits(backend: str, d: int) -> None:
-    x = torch.randn(2000, d, generator=cases.generator(0)).to(DEVICE)
+@pytest.mark.parametrize(("T", "d"), [(2000, 40), (2000, 400), (9000, 40)])
+def test_threads_do_not_change_the_bits(backend: str, T: int, d: int) -> None:
+    x = torch.randn(T, d, generator=cases.generator(0)).to(DEVICE)
     expected = fk.covariance(x)
     threads = torch.get_num_threads()
     try:

@@ -74,6 +74,23 @@ def test_error_at_large_shapes(backend: str, T: int, d: int, dtype: torch.dtype)
     if backend == "reference" and d > 1000:
         pytest.skip("the reference is the truth here, and slow")
     check(T, d, dtype, "mask", False, 0.95)
+    check(T, d, dtype, "weights", True, 0.95)
+
+
+@pytest.mark.skipif(SLOW, reason="minutes")
+def test_many_tokens_with_heads_and_of_two_sides(backend: str) -> None:
+    """So many that the C++ kernels share out tokens, where they else share out the result."""
+    x = torch.randn(9000, 3, 20, generator=cases.generator(0)).to(DEVICE)
+    g = torch.randn(9000, 33, generator=cases.generator(1)).to(DEVICE)
+    w = torch.rand(9000, generator=cases.generator(2)).to(DEVICE)
+    factor = torch.full((3, 20, 20), 2.0, device=DEVICE)
+    fk.covariance_update_(factor, x, ema_decay=0.5, weights=w)
+    for head in range(3):
+        one = reference.covariance(x[:, head].double(), weights=w.double())
+        assert cases.error(factor[head], 1 + one / 2) <= 1e-6
+    cross = fk.cross_covariance(g, x[:, 0], weights=w)
+    truth = reference.cross_covariance(g.double(), x[:, 0].double(), weights=w.double())
+    assert cases.error(cross, truth) <= 1e-5
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)

@@ -172,6 +172,8 @@ def test_bad_input() -> None:
         DiagonalPlusLowRank(d, u.double())
     with pytest.raises(TypeError, match="diagonal has dtype .*; allowed are float32, float64"):
         DiagonalPlusLowRank(d.bfloat16(), u)
+    with pytest.raises(ValueError, match="diagonal holds -1; allowed are values >= 0"):
+        DiagonalPlusLowRank(-torch.ones_like(d), u)
     with pytest.raises(ValueError, match=r"core has shape \[2, 3\]; expected \[r, r\]"):
         DiagonalPlusLowRank(d, u, core[:2])
     with pytest.raises(ValueError, match=r"core has shape \[2, 2\]; expected \[3, 3\]"):

@@ -136,7 +136,8 @@ def covariance_update_(
             old value is not read, at 1 A stays as it is.
         scale: factor of the new term, such as N² where g is the gradient of a mean-reduced loss.
         mask: bool [...] over the tokens; False contributes exactly zero, whatever the row holds.
-        weights: float [...] >= 0, instead of a mask. They multiply x once, in float32.
+        weights: float [...] >= 0, instead of a mask. Applied in float32, as w on one side or
+            as its root on both.
         bias: append the homogeneous coordinate 1 to every row, without storing it.
         reduction: "mean" divides by N = Σ w (where N = 0 the new term is zero), "sum" does not.
         precision: of float32 products on CUDA tensor cores: "tf32x3" (three TF32 products) or
