@@ -230,12 +230,12 @@ def out(
 ) -> Tensor:
     """A destination of exactly this shape and dtype that neither input nor itself overlaps."""
     o = tensor("out", value)
-    z = inputs["logits"]
+    of, first = next(iter(inputs.items()))
     if list(o.shape) != list(shape):
         raise ValueError(f"out has shape {_shape(o)}; expected {list(shape)}")
     if o.dtype != dtype:
         raise TypeError(f"out has dtype {o.dtype}; expected {dtype}")
-    device("out", o, z)
+    device("out", o, first, of)
     if o.requires_grad or (
         any(t.requires_grad for t in inputs.values()) and torch.is_grad_enabled()
     ):

@@ -197,3 +197,26 @@ def test_generator(backend: str) -> None:
 def test_float64_on_a_gpu_back_end_is_refused_with_its_reason(op: Op) -> None:
     with fk.backend("triton"), pytest.raises(fk.BackendUnavailableError, match="no float64"):
         op.raw(usual().to(torch.float64))
+
+
+def test_out(backend: str) -> None:
+    x = usual()
+    base = torch.full((V * d + T * d,), 55.0, device=DEVICE)
+    overlapping = x.replace(hidden=base[V * d - 1 : -1].view(T, d))
+
+    def refuse(out: Any, error: type[Exception], message: str, x: Inputs = x) -> None:
+        with pytest.raises(error, match=message):
+            fk.head_fisher_weight_diagonal(x.hidden, x.weight, bias=x.bias, out=out)
+
+    refuse([[0.0]], TypeError, "out must be a torch.Tensor, not list")
+    refuse(x.weight.mT, ValueError, r"out has shape \[5, 7\]; expected \[7, 5\]")
+    refuse(x.weight.double(), TypeError, "out has dtype torch.float64; expected torch.float32")
+    refuse(x.weight.to("meta"), ValueError, "out is on meta; expected the device of hidden")
+    refuse(x.weight[:1].expand(V, d), ValueError, "several of its elements share memory")
+    leaf = torch.zeros_like(x.weight).requires_grad_()
+    refuse(leaf, ValueError, "out= does not support autograd")
+    before = x.weight.clone()
+    refuse(x.weight, ValueError, "out overlaps weight in memory")
+    assert torch.equal(x.weight, before)
+    refuse(base[: V * d].view(V, d), ValueError, "out overlaps hidden in memory", overlapping)
+    assert (base == 55).all()

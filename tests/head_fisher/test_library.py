@@ -48,6 +48,14 @@ def test_opcheck(backend: str, name: str, dtype: torch.dtype, softcap: float | N
     torch.library.opcheck(getattr(RAW, name).default, raw_arguments(dtype, softcap)[name])
 
 
+@pytest.mark.parametrize(("dtype", "softcap"), [(torch.float32, 3.0), (torch.float64, None)])
+def test_opcheck_of_out(backend: str, dtype: torch.dtype, softcap: float | None) -> None:
+    cases.require(backend, dtype)
+    arguments = raw_arguments(dtype, softcap)["head_fisher_weight_diagonal"]
+    out = torch.full((V, d), 55.0, dtype=dtype, device=DEVICE)
+    torch.library.opcheck(RAW.head_fisher_weight_diagonal.out, arguments, {"out": out})
+
+
 def test_every_op_has_a_raw_one() -> None:
     """But for the root, whose eigenvalues are those of PyTorch."""
     public = {name for name in fk.__all__ if name.startswith("head_fisher_")}

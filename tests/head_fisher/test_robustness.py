@@ -38,6 +38,23 @@ def test_any_strides(backend: str, op: Op, layout: str) -> None:
     cases.close(op.call(x, weights=lay(w)), op.call(x, weights=w))
 
 
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_weight_diagonal_into_out(backend: str, layout: str, dtype: torch.dtype) -> None:
+    x = cases.make((2, 3), V, d, dtype)
+    expected = fk.head_fisher_weight_diagonal(x.hidden, x.weight)
+    base = torch.full((3 * (V + 1) * (d + 8),), 55.0, device=DEVICE)
+    laid = LAYOUTS[layout](torch.zeros_like(expected.weight))
+    out = base.as_strided(laid.shape, laid.stride(), laid.storage_offset())
+    for hidden in (x.hidden, x.hidden[:0]):  # what was there is not added to
+        found = fk.head_fisher_weight_diagonal(hidden, x.weight, out=out)
+        assert found.weight is out
+        assert torch.equal(out, expected.weight if len(hidden) else torch.zeros_like(laid))
+        assert torch.equal(found.bias, expected.bias if len(hidden) else found.bias * 0)
+    out.fill_(55)
+    assert (base == 55).all()
+
+
 @pytest.mark.parametrize("op", ONE_EACH, **IDS)
 def test_expanded_inputs(backend: str, op: Op) -> None:
     one = cases.make((1, 3), V, d)

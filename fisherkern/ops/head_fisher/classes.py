@@ -9,6 +9,8 @@ from torch import Tensor
 
 from fisherkern import checks
 from fisherkern.ops._library import define
+from fisherkern.ops._rows import write_back
+from fisherkern.ops._values import check_disjoint
 from fisherkern.ops.covariance._common import PRECISIONS
 from fisherkern.ops.head_fisher._common import (
     SCHEMA,
@@ -16,9 +18,10 @@ from fisherkern.ops.head_fisher._common import (
     check_head,
     head_of,
     new,
+    unit_stride,
     with_reduction,
 )
-from fisherkern.reference import HeadFisherWeightDiagonal
+from fisherkern.reference import HeadFisherWeightDiagonal, accumulation_dtype
 
 # ---- raw ops ----------------------------------------------------------------------------------
 
@@ -45,9 +48,9 @@ def _mean_probs(*arguments: Any) -> Tensor:
     return total
 
 
-def _weight_diagonal(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _weight_diagonal_into(arguments: Any, out: Tensor) -> Tensor:
     head, temperature = head_of(arguments)
-    weight, bias = head.new(*head.weight.shape), head.zeros(head.classes)
+    weight, bias = unit_stride(out), head.zeros(head.classes)
     if head.tokens == 0:
         weight.zero_()
     for part in head.chunks():
@@ -58,7 +61,19 @@ def _weight_diagonal(*arguments: Any) -> tuple[Tensor, Tensor]:
                 block.z.mul_(block.slope).mul_(block.slope)
         head.kernels.head_squares(part.z, part.hidden, 1.0 if part.tokens.start else 0.0, weight)
         bias += part.z.sum(0)
-    return weight, bias
+    write_back(out, weight)
+    return bias
+
+
+def _weight_diagonal(*arguments: Any) -> tuple[Tensor, Tensor]:
+    out = new(arguments[0], *arguments[1].shape)
+    return out, _weight_diagonal_into(arguments, out)
+
+
+def _weight_diagonal_out(*arguments: Any, out: Tensor) -> Tensor:
+    named = zip(("hidden", "weight", "bias", "weights"), arguments, strict=False)
+    check_disjoint(out, {name: x for name, x in named if x is not None})
+    return _weight_diagonal_into(arguments, out)
 
 
 def _gram(*arguments: Any) -> Tensor:
@@ -98,6 +113,12 @@ _weight_diagonal_op = define(
     f"head_fisher_weight_diagonal({SCHEMA}) -> (Tensor, Tensor)",
     _weight_diagonal,
     lambda hidden, weight, *_: (new(hidden, *weight.shape), new(hidden, weight.shape[0])),
+    vmap="none",
+)
+_weight_diagonal_out_op = define(
+    f"head_fisher_weight_diagonal.out({SCHEMA}, *, Tensor(a!) out) -> Tensor",
+    _weight_diagonal_out,
+    lambda hidden, weight, *_, out: new(hidden, weight.shape[0]),
     vmap="none",
 )
 _gram_op = define(
@@ -163,6 +184,7 @@ def head_fisher_weight_diagonal(
     weights: Tensor | None = None,
     reduction: str = "mean",
     workspace: int | None = None,
+    out: Tensor | None = None,
 ) -> HeadFisherWeightDiagonal:
     """The diagonal of the true Fisher of W and b, exact: Σ w p (1 − p) h² / τ² and without h².
 
@@ -178,13 +200,16 @@ def head_fisher_weight_diagonal(
         weights: float [...] >= 0, instead of a mask.
         reduction: "mean" divides by N = Σ w (zeros where N = 0), "sum" does not.
         workspace: bytes for logits.
+        out: destination of the diagonal of W, of its shape and dtype: it spares the page faults of
+            a new tensor as large as W.
 
     Returns:
         HeadFisherWeightDiagonal: ``weight`` [V, d] and ``bias`` [V], float32 (float64 for float64
         inputs). Not differentiable.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value.
+        TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value, or an
+            `out` that overlaps an input. Nothing is written.
 
     Source: the Fisher of a layer that is linear in its parameters, Martens 2020, "New insights and
     perspectives on the natural gradient method", section 9.2.
@@ -196,8 +221,13 @@ def head_fisher_weight_diagonal(
     """
     how = checks.reduction(reduction, ("mean", "sum"))
     arguments = check_head(hidden, weight, bias, softcap, temperature, mask, weights, workspace)
-    diagonal = _weight_diagonal_op(*with_reduction(arguments, how))
-    return HeadFisherWeightDiagonal(*diagonal)
+    h, W = arguments[:2]
+    if out is not None:
+        checks.out(out, W.shape, accumulation_dtype(W.dtype), {"hidden": h})
+    arguments = with_reduction(arguments, how)
+    if out is None:
+        return HeadFisherWeightDiagonal(*_weight_diagonal_op(*arguments))
+    return HeadFisherWeightDiagonal(out, _weight_diagonal_out_op(*arguments, out=out))
 
 
 def head_fisher_gram(
