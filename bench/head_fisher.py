@@ -40,7 +40,7 @@ _LLAMA = (8192, 128256, 4096)
 # ---- inputs -----------------------------------------------------------------------------------
 
 
-def _inputs(case: Case, generator: torch.Generator) -> Tensors:
+def inputs(case: Case, generator: torch.Generator) -> Tensors:
     """Logits of spread 3: a few likely classes and a long tail, as in language models."""
     tokens, classes, width = case.shape
     h = torch.empty(tokens, width, device=case.device).normal_(generator=generator)
@@ -234,7 +234,7 @@ def _ops(softcap: float | None) -> tuple[Op, ...]:
             yardsticks["gemms anew"] = partial(products, names, anew=True)
         return Op(
             name if softcap is None else f"{name}_softcap",
-            _inputs,
+            inputs,
             partial(plain, softcap=softcap),
             _error(partial(exact, softcap=softcap)),
             _floor(results),
@@ -296,11 +296,11 @@ FAMILY = register(
         shapes={"cpu": (_SMOL, _GEMMA), "cuda": (_LLAMA,)},
         smoke=(24, 513, 32),
         bars=(
-            Bar("eager", "least", 1.6, ops=_SUMS, dtypes=("float32",)),
+            Bar("eager", "least", 1.6, ops=_SUMS, dtypes=("float32",), uses_out=False),
             Bar("eager", "least", 1.2, ops=_PRODUCTS, dtypes=("float32",)),
             Bar("eager", "least", 3.0, dtypes=("bfloat16",)),
             # at most 1.15 times as long as the products alone, into results that are as ready
-            Bar("gemms", "least", 1 / 1.15, ops=_SMALL, dtypes=("float32",)),
+            Bar("gemms", "least", 1 / 1.15, ops=_SMALL, dtypes=("float32",), uses_out=False),
             Bar("gemms", "least", 1 / 1.15, ops=_LARGE, dtypes=("float32",), uses_out=True),
             Bar("gemms anew", "least", 1 / 1.15, dtypes=("float32",), uses_out=False),
         ),

@@ -57,9 +57,7 @@ def of_the_demo(tokens: int = 512) -> Tensor | None:
     """Logits [T, V] of the demo's model on its text; None where they are not in its cache."""
     from fisherkern.demo import assets, model, text
 
-    stored = assets.cache_folder() / "assets"
-    files = [stored / f"{a.member_sha256[:12]}-{a.filename}" for a in (assets.MODEL, assets.TEXT)]
-    if not all(file.exists() for file in files):
+    if not all(assets.path_of(asset).exists() for asset in (assets.MODEL, assets.TEXT)):
         return None
     try:
         language = model.load(None)

@@ -247,7 +247,7 @@ class Provider:
 
 
 _families: dict[str, Family] = {}
-MODULES = ("softmax_fisher", "covariance", "softmax_operator", "head_fisher")
+MODULES = ("softmax_fisher", "covariance", "softmax_operator", "head_fisher", "language_heads")
 
 
 def register(family: Family) -> Family:

