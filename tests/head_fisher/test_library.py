@@ -18,8 +18,11 @@ T, V, d = 4, 9, 5
 RAW = torch.ops.fisherkern
 
 
-def raw_arguments(dtype: torch.dtype, softcap: float | None) -> dict[str, tuple[Any, ...]]:
-    """Positional arguments of every raw op."""
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def raw_arguments(dtype: torch.dtype, softcap: float | None) -> dict[str, Call]:
+    """Arguments of every raw op."""
     x = cases.make(T, V, d, dtype)
     w = torch.tensor([0.5, 0.0, 2.0, 1.0], dtype=torch.float64, device=DEVICE)
     w = w if dtype == torch.float64 else w.float()
@@ -27,7 +30,7 @@ def raw_arguments(dtype: torch.dtype, softcap: float | None) -> dict[str, tuple[
     # the workspace makes several chunks
     rest = (x.bias, w, softcap, 1.3, 8 * V * w.itemsize)
     head = (x.hidden, x.weight)
-    return {
+    arguments: dict[str, tuple[Any, ...]] = {
         "head_fisher_stats": (*head, *rest, True),
         "head_fisher_matvec": (*head, x.u, *rest),
         "head_fisher_pullback": (*head, *rest, softcap is None, True, "tf32x3"),
@@ -36,6 +39,10 @@ def raw_arguments(dtype: torch.dtype, softcap: float | None) -> dict[str, tuple[
         "head_fisher_gram": (*head, *rest, 0.1, "ieee"),
         "head_fisher_sample": (*head, seed, *rest),
     }
+    calls: dict[str, Call] = {name: (positional, {}) for name, positional in arguments.items()}
+    out = torch.full((V, d), 55.0, dtype=w.dtype, device=DEVICE)
+    calls["head_fisher_weight_diagonal.out"] = ((*head, *rest), {"out": out})
+    return calls
 
 
 NAMES = sorted(raw_arguments(torch.float32, None))
@@ -45,15 +52,9 @@ NAMES = sorted(raw_arguments(torch.float32, None))
 @pytest.mark.parametrize("name", NAMES)
 def test_opcheck(backend: str, name: str, dtype: torch.dtype, softcap: float | None) -> None:
     cases.require(backend, dtype)
-    torch.library.opcheck(getattr(RAW, name).default, raw_arguments(dtype, softcap)[name])
-
-
-@pytest.mark.parametrize(("dtype", "softcap"), [(torch.float32, 3.0), (torch.float64, None)])
-def test_opcheck_of_out(backend: str, dtype: torch.dtype, softcap: float | None) -> None:
-    cases.require(backend, dtype)
-    arguments = raw_arguments(dtype, softcap)["head_fisher_weight_diagonal"]
-    out = torch.full((V, d), 55.0, dtype=dtype, device=DEVICE)
-    torch.library.opcheck(RAW.head_fisher_weight_diagonal.out, arguments, {"out": out})
+    packet, _, overload = name.partition(".")
+    positional, named = raw_arguments(dtype, softcap)[name]
+    torch.library.opcheck(getattr(getattr(RAW, packet), overload or "default"), positional, named)
 
 
 def test_every_op_has_a_raw_one() -> None:
