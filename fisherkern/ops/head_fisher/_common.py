@@ -24,7 +24,7 @@ WORKSPACE = {"cpu": 64 << 20, "cuda": 512 << 20}
 _FOR_PRODUCTS = 0.125
 # The slopes of a soft-cap are made for one in so many tokens of a chunk at a time.
 _SLOPES = 16
-# Tokens that products on CPUs multiply at a time, and half of them.
+# Products on CPUs multiply so many tokens at a time, or half of them.
 _VECTOR = 16
 
 SCHEMA = (
