@@ -6,8 +6,8 @@ Both are kept in the cache of the demo, so that a process that measures memory l
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -24,14 +24,14 @@ def of_model(asset: assets.Asset) -> Tensors:
     """H [T, d] of the text of the demo and W [V, d], float32."""
     from safetensors.torch import load_file, save_file
 
-    kept = assets.cache_folder() / "heads" / f"{asset.sha256[:12]}-{TOKENS}.safetensors"
-    if not kept.exists():
-        kept.parent.mkdir(parents=True, exist_ok=True)
+    def make(target: Path) -> None:
         h, W = _computed(asset)
-        scratch = kept.with_suffix(f".{os.getpid()}")
-        save_file({"hidden": h, "weight": W}, scratch)
-        os.replace(scratch, kept)
-    found = load_file(kept)
+        target.mkdir()
+        save_file({"hidden": h, "weight": W}, target / "head.safetensors")
+
+    folder = assets.cache_folder() / "heads" / f"{asset.sha256[:12]}-{TOKENS}"
+    assets.keep(folder, make)
+    found = load_file(folder / "head.safetensors")
     # in memory: what is a map of the file would be read while a call is measured
     return found["hidden"].clone(), found["weight"].clone()
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from fisherkern.demo.errors import ChecksumError, DownloadError
 
 _POLL_SECONDS = 0.1
 _BLOCK = 1 << 20
+_MANIFEST = "SHA256SUMS"
 
 
 @dataclass(frozen=True)
@@ -266,3 +268,36 @@ def _size(folder: Path) -> int:
         except OSError:  # renamed or removed meanwhile
             continue
     return total
+
+
+# ---- what is made of them ---------------------------------------------------------------------
+
+
+def keep(folder: Path, make: Callable[[Path], None]) -> None:
+    """Have `make` fill the folder in one step, unless it is there, every file with its hash."""
+    if _intact(folder):
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="make-", dir=folder.parent) as scratch:
+        target = Path(scratch) / "made"
+        make(target)
+        _write_manifest(target)
+        if not _intact(folder):  # another process may have been faster, and be reading it
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(target, folder)
+
+
+def _write_manifest(folder: Path) -> None:
+    lines = [f"{sha256(path)}  {path.name}" for path in sorted(folder.iterdir())]
+    (folder / _MANIFEST).write_text("\n".join(lines) + "\n")
+
+
+def _intact(folder: Path) -> bool:
+    """Whether every file of the manifest is there with its hash."""
+    manifest = folder / _MANIFEST
+    if not manifest.exists():
+        return False
+    entries = [line.split("  ", 1) for line in manifest.read_text().splitlines()]
+    return all(
+        (folder / name).is_file() and sha256(folder / name) == digest for digest, name in entries
+    )

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +12,6 @@ import torch
 
 from fisherkern.demo import assets
 from fisherkern.demo.errors import DemoError
-
-_MANIFEST = "SHA256SUMS"
 
 
 @dataclass(frozen=True)
@@ -98,19 +93,14 @@ def _quiet(active: bool) -> Iterator[None]:
 
 def _converted(gguf: Path) -> Path:
     """The folder of the dequantised model; made on the first run, verified on every later one."""
+
+    def convert(target: Path) -> None:
+        print(f"converting {gguf.name} to safetensors (once, about half a minute) ...", flush=True)
+        _convert(gguf, target)
+
     folder = assets.cache_folder() / "models" / gguf.stem
-    if _intact(folder):
-        return folder
-    print(f"converting {gguf.name} to safetensors (once, about half a minute) ...", flush=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with tempfile.TemporaryDirectory(prefix="convert-", dir=folder.parent) as scratch:
-            target = Path(scratch) / "model"
-            _convert(gguf, target)
-            _write_manifest(target)
-            if not _intact(folder):  # another process may have been faster, and be reading it
-                shutil.rmtree(folder, ignore_errors=True)
-                os.replace(target, folder)
+        assets.keep(folder, convert)
     except OSError as error:
         raise DemoError(
             f"the converted model, some {4 * gguf.stat().st_size >> 20} MiB, cannot be stored in "
@@ -136,20 +126,3 @@ def _convert(gguf: Path, target: Path) -> None:
     fresh.tie_weights()
     fresh.save_pretrained(target)
     tokenizer.save_pretrained(target)
-
-
-def _write_manifest(folder: Path) -> None:
-    lines = [f"{assets.sha256(path)}  {path.name}" for path in sorted(folder.iterdir())]
-    (folder / _MANIFEST).write_text("\n".join(lines) + "\n")
-
-
-def _intact(folder: Path) -> bool:
-    """Whether every file of the manifest is there with its hash."""
-    manifest = folder / _MANIFEST
-    if not manifest.exists():
-        return False
-    entries = [line.split("  ", 1) for line in manifest.read_text().splitlines()]
-    return all(
-        (folder / name).is_file() and assets.sha256(folder / name) == digest
-        for digest, name in entries
-    )

@@ -38,7 +38,9 @@ def test_other_shapes_are_drawn(monkeypatch: pytest.MonkeyPatch, shape: tuple[in
     assert _same(case.make_inputs(), drawn.make_inputs())
 
 
-def test_a_model_is_asked_once(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+def test_a_model_is_asked_once_unless_the_file_is_damaged(
+    monkeypatch: pytest.MonkeyPatch, tmp_path
+) -> None:
     pytest.importorskip("safetensors")
     monkeypatch.setenv("FISHERKERN_CACHE", str(tmp_path))
     made = torch.randn(5, 3), torch.randn(7, 3)
@@ -46,4 +48,7 @@ def test_a_model_is_asked_once(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Non
     assert _same(language_heads.of_model(assets.MODEL), made)
     monkeypatch.setattr(language_heads, "_computed", None)
     assert _same(language_heads.of_model(assets.MODEL), made)
-    assert len(list((tmp_path / "heads").iterdir())) == 1
+    (folder,) = (tmp_path / "heads").iterdir()
+    (folder / "head.safetensors").write_bytes(b"damaged")
+    monkeypatch.setattr(language_heads, "_computed", lambda asset: made)
+    assert _same(language_heads.of_model(assets.MODEL), made)
