@@ -156,9 +156,10 @@ class Update {
       for (int64_t b = 0; b < batches; ++b) most = std::max(most, bounds[b + 1] - bounds[b]);
     most = rounded_up(most, kernels_.token_block);
 
-    // a small panel is kept by the thread: to map and fault its pages anew takes a tenth of such a call
+    // a small panel is kept by the thread: to map and fault its pages anew takes up to a fifth of such
+    // a call
     static thread_local PanelMemory kept;
-    constexpr int64_t kKept = 2 << 20;
+    constexpr int64_t kKept = 8 << 20;
     PanelMemory own;
     PanelMemory& memory = most * token_bytes_ <= kKept ? kept : own;
     memory.reserve(&memory == &kept ? kKept : most * token_bytes_);

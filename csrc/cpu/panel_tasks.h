@@ -56,7 +56,7 @@ class PanelMemory {
     memory_.reset();  // before more is asked for
     bytes_ = 0;
 #if defined(__linux__)
-    if (bytes >= kPage) {
+    if (bytes >= kPage / 2) {
       map(bytes);
       return;
     }

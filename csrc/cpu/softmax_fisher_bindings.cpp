@@ -8,6 +8,7 @@
 #include "../checks.h"
 #include "capability.h"
 #include "destination.h"
+#include "panel_tasks.h"
 #include "softmax_fisher.h"
 
 namespace fisherkern {
@@ -98,8 +99,8 @@ void token_sum(Kernel kernel, const Tensor& logits, const Optional& weights,
     return;
   }
   // the first part is summed where the result goes
-  Tensor partial = torch::stable::new_empty(out, {parts - 1, f.classes});
-  char* sums = static_cast<char*>(partial.data_ptr());
+  const PanelMemory partial((parts - 1) * bytes);
+  char* const sums = partial.data();
   torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part)
       kernel(f, part ? sums + (part - 1) * bytes : to, part * T / parts, (part + 1) * T / parts);

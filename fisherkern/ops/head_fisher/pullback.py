@@ -97,17 +97,13 @@ def _without_star(head: Head, block: Block, star: Tensor) -> tuple[Tensor, Tenso
     return stars, block.z.sum(-1)
 
 
-def _density(block: Block) -> Tensor:
-    """Σ w p s² [V]; p becomes p s."""
-    p, slope, w = block.z, block.slope, block.weights
+def _add_density(block: Block, density: Tensor) -> None:
+    """Add Σ w p s² [V]; p becomes p s."""
+    p, slope = block.z, block.slope
     if slope is not None:
         p.mul_(slope)
         p = slope.mul_(p)
-    if w is None:
-        return p.sum(0)
-    # a hook runs under the autocast of the model, which would round the operands
-    with torch.autocast(p.device.type, enabled=False):
-        return w @ p
+    density.addmv_(p.mT, p.new_ones(len(p)) if block.weights is None else block.weights)
 
 
 def _add_chunk(
@@ -117,12 +113,16 @@ def _add_chunk(
     high: bool,
     sums: list[_Sum],
     density: Tensor | None,
+    memory: Tensor,
 ) -> None:
-    """Add the tokens of a chunk to the sum and Σ w p s² [V]; without that, to a sum for each."""
+    """Add the tokens of a chunk to the sum and Σ w p s² [V]; without that, to a sum for each.
+
+    `memory` [V] is written over.
+    """
     each = density is None
     count, stars, epsilons = len(part.z), [], []
-    reference, unit, sums_of_p = head.new(count), head.new(count), head.new(head.classes)
-    powers = (part.weights, None, temperature, sums_of_p, reference, unit)
+    reference, unit = head.new(count), head.new(count)
+    powers = (part.weights, None, temperature, memory, reference, unit)
     head.kernels.softmax_fisher_powers(part.z[None], *powers)
     for block in part.blocks(1 if each else None):
         z, rows = block.z, block.rows
@@ -134,11 +134,12 @@ def _add_chunk(
             stars.append(x)
             epsilons.append(epsilon)
         if density is None:
-            sums[block.tokens.start].add_classes(_density(block))
+            _add_density(block, memory.zero_())
+            sums[block.tokens.start].add_classes(memory)
         elif star is None and block.slope is None:
-            density += sums_of_p
+            density += memory  # Σ w p
         else:
-            density += _density(block)
+            _add_density(block, density)
     means = head.pull(part.z, head.new(count, head.weight.shape[1]))
     tokens = _Tokens(means, part.weights)
     if stars:
@@ -156,9 +157,9 @@ def _pullback(*arguments: Any) -> Tensor:
     out = _new_pullback(*arguments).zero_()
     matrices = out.view(-1, *out.shape[-2:])
     sums = [_Sum(head, 1 / temperature**2, precision, matrix) for matrix in matrices]
-    density = None if each else head.zeros(head.classes)
+    density, memory = None if each else head.zeros(head.classes), head.new(head.classes)
     for part in head.chunks():
-        _add_chunk(head, part, temperature, high, sums, density)
+        _add_chunk(head, part, temperature, high, sums, density, memory)
         del part  # the product with W needs its memory
     if density is not None:
         sums[0].add_classes(density)
