@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+_INT64 = 2**63 - 1
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -93,11 +94,7 @@ def temperature(value: object) -> float:
     """A finite number above zero."""
     if isinstance(value, Tensor):
         raise TypeError("temperature is a tensor; expected a Python number > 0")
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"temperature has type {type(value).__name__}; expected a number > 0")
-    if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"temperature is {value}; allowed are finite numbers > 0")
-    return float(value)
+    return positive("temperature", value)
 
 
 def choice(name: str, value: object, allowed: Sequence[str]) -> str:
@@ -219,9 +216,11 @@ def labels(value: object, z: Tensor) -> Tensor:
 
 
 def integer(name: str, value: object) -> int:
-    """A Python int."""
+    """A Python int that a kernel can be given."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} has type {type(value).__name__}; expected an int")
+    if not -_INT64 - 1 <= value <= _INT64:
+        raise ValueError(f"{name} is {value}; allowed are ints of 64 bits")
     return value
 
 
@@ -316,21 +315,28 @@ def factor(value: object, shape: Sequence[int], x: Tensor, name: str = "factor")
     return a
 
 
-def number(name: str, value: object, least: float, most: float) -> float:
-    """A finite Python number in [least, most]."""
+def _real(name: str, value: object) -> float:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name} has type {type(value).__name__}; expected a number")
-    if not (math.isfinite(value) and least <= value <= most):
-        bounds = f"in [{least}, {most}]" if math.isfinite(least) else "that are finite"
-        raise ValueError(f"{name} is {value}; allowed are numbers {bounds}")
     return float(value)
+
+
+def number(name: str, value: object, least: float, most: float) -> float:
+    """A finite Python number in [least, most]."""
+    x = _real(name, value)
+    # math.isfinite would break the graph of a compiler
+    if not (-math.inf < x < math.inf and least <= x <= most):
+        above = "that are finite" if least == -math.inf else f">= {least}"
+        bounds = above if most == math.inf else f"in [{least}, {most}]"
+        raise ValueError(f"{name} is {value}; allowed are numbers {bounds}")
+    return x
 
 
 def positive(name: str, value: object) -> float:
     """A finite number above zero."""
-    x = number(name, value, 0.0, math.inf)
-    if x == 0:
-        raise ValueError(f"{name} is 0; allowed are numbers > 0")
+    x = _real(name, value)
+    if not 0 < x < math.inf:
+        raise ValueError(f"{name} is {value}; allowed are finite numbers > 0")
     return x
 
 

@@ -70,10 +70,9 @@ void token_sum(const SoftmaxFisher& f, void* partial, Powers<Acc<T>> powers, int
   Waiting<A, kDiagonal> row_before{};
   bool waits = false;
   int64_t star = 0, rows = 0;
-  A correction = 0;
+  A at_star = 0;
   auto added = [&] {
-    // at its star a row gave (1 - P), which cancels: put epsilon in its place
-    sum[star] += correction;
+    if constexpr (kDiagonal) sum[star] += at_star;
     if (++rows % kFlush == 0 && sum != total) flush();
   };
   for (int64_t token = begin; token < end; ++token) {
@@ -93,7 +92,9 @@ void token_sum(const SoftmaxFisher& f, void* partial, Powers<Acc<T>> powers, int
     if constexpr (kDiagonal) {
       scale /= static_cast<A>(f.temperature * f.temperature);
       star = std::max<int64_t>(sums.star, 0);
-      correction = scale * sums.star_power * (p.epsilon - (1 - sums.star_power * p.unit));
+      // there 1 - P cancels, and epsilon does not
+      at_star = scale * sums.star_power * p.epsilon;
+      e[star] = 0;
     }
     row_before = {e, sum, scale, p.unit, rows % kFlush == 0};
     waits = true;

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fisherkern import checks
 from fisherkern.operators import _eigen
+from fisherkern.operators._autocast import without_autocast
 from fisherkern.operators._capacitance import Capacitance
 from fisherkern.operators._iterative import Product, conjugate_gradients
 from fisherkern.ops._values import check_disjoint
@@ -131,6 +132,7 @@ class LowRankOperator(ABC):
 
     # ---- products --------------------------------------------------------------------------------
 
+    @without_autocast
     def __matmul__(self, x: Tensor) -> Tensor:
         """The product with x [n] or [n, k].
 
@@ -147,6 +149,7 @@ class LowRankOperator(ABC):
         """A block that has the same product as x and cancels less in it."""
         return x
 
+    @without_autocast
     def quadratic(self, x: Tensor) -> Tensor:
         """xᵀ A x, a scalar for x [n] and [k, k] for a block [n, k].
 
@@ -159,6 +162,7 @@ class LowRankOperator(ABC):
         form = ((form + form.mT) / 2).to(self.dtype)
         return form[0, 0] if x.ndim == 1 else form
 
+    @without_autocast
     def diagonal(self) -> Tensor:
         """The diagonal [n]."""
         out = self._diagonal_part.clone()
@@ -166,10 +170,12 @@ class LowRankOperator(ABC):
             out[begin:end].add_(panel.square().sum(1), alpha=self._sign)
         return out
 
+    @without_autocast
     def trace(self) -> Tensor:
         """The sum of the diagonal, a scalar."""
         return self.diagonal().sum()
 
+    @without_autocast
     def to_dense(self, max_bytes: int = 1 << 30) -> Tensor:
         """The matrix [n, n].
 
@@ -188,6 +194,7 @@ class LowRankOperator(ABC):
         dense.diagonal().copy_(self.diagonal())
         return dense
 
+    @without_autocast
     def eigsh(
         self, count: int, *, tolerance: float = 1e-5, rounds: int = 100
     ) -> tuple[Tensor, Tensor]:
@@ -215,8 +222,14 @@ class LowRankOperator(ABC):
         if not 1 <= k <= n:
             raise ValueError(f"count is {k}; allowed are 1 to {n}, the order of the operator")
         checks.number("tolerance", tolerance, 0.0, 1.0)
+        if checks.integer("rounds", rounds) < 1:
+            raise ValueError(f"rounds is {rounds}; allowed are ints >= 1")
         if n < 4 * k + 128:
-            values, vectors = torch.linalg.eigh(self.to_dense().double())
+            dense = self.to_dense().double()
+            if not bool(dense.isfinite().all()):  # eigh would raise, and large operators do not
+                nan = dense.new_full((n, k), torch.nan).to(self.dtype)
+                return nan[0], nan
+            values, vectors = torch.linalg.eigh(dense)
             values, vectors = values[-k:].flip(0), vectors[:, -k:].flip(1)
         else:
             values, vectors, residual = _eigen.largest(
@@ -224,7 +237,7 @@ class LowRankOperator(ABC):
                 self._diagonal_part,
                 k,
                 tolerance,
-                checks.integer("rounds", rounds),
+                rounds,
             )
             if residual > tolerance:
                 raise torch.linalg.LinAlgError(
@@ -269,6 +282,7 @@ class LowRankOperator(ABC):
             f"above {enough:g}"
         )
 
+    @without_autocast
     def solve(
         self,
         y: Tensor,
@@ -389,6 +403,7 @@ class LowRankOperator(ABC):
                 f"{self.rank}; allow more, or see fisherkern.operators.compress"
             )
 
+    @without_autocast
     def inverse_diagonal(self, damping: float) -> Tensor:
         """The diagonal of (A + λ I)⁻¹ [n]: the marginal variances of a Laplace approximation.
 
@@ -407,6 +422,7 @@ class LowRankOperator(ABC):
             out[begin:end].add_((panel @ core).mul_(panel).sum(1), alpha=-self._sign)
         return out.div_(damping) if scale is None else out
 
+    @without_autocast
     def logdet(self, damping: float) -> Tensor:
         """Log det (A + λ I), a float64 scalar.
 
@@ -417,11 +433,15 @@ class LowRankOperator(ABC):
         damped, _ = self._factorised(damping, self._diagonal_part.new_empty(self.shape[0], 0))
         return damped.capacitance.logdet() - damped.inverse.double().log().sum()
 
+    @without_autocast
     def residual(self, x: Tensor, y: Tensor, damping: float) -> Tensor:
         """‖(A + λ I) x − y‖ / ‖y‖, a scalar: what a solution achieved.
 
         Raises:
             TypeError, ValueError: an argument of the wrong type, dtype, device or shape.
         """
-        self._block("y", y)
-        return (torch.add(self @ x, x, alpha=damping) - y).norm() / y.norm()
+        lam, target = checks.damping(damping), self._block("y", y)
+        s = self._block("x", x)
+        if x.shape != y.shape:
+            raise ValueError(f"x has shape {list(x.shape)}; expected that of y, {list(y.shape)}")
+        return (torch.add(self @ s, s, alpha=lam) - target).norm() / target.norm()

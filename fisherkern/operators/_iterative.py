@@ -46,7 +46,9 @@ def conjugate_gradients(
     while taken < iterations and bool((residual > tolerance).any()):
         z = precondition(r)
         now = inner(r, z)
-        p = torch.addcmul(z, p, (now / before).to(y.dtype) if taken else torch.zeros_like(y[0]))
+        # of a column that has converged both may be zero
+        ratio = torch.where(residual > tolerance, now / before, 0.0)
+        p = torch.addcmul(z, p, ratio.to(y.dtype) if taken else torch.zeros_like(y[0]))
         before = now
         image = product(p)
         step = torch.where(residual > tolerance, now / inner(p, image), 0.0).to(y.dtype)

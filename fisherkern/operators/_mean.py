@@ -9,7 +9,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from fisherkern import checks
 from fisherkern.operators import _capacitance
 from fisherkern.operators._capacitance import Capacitance
 from fisherkern.operators._tokens import Batch, TokenOperator
@@ -33,10 +32,6 @@ class MeanFisher(TokenOperator):
     def _logits(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """The logits [..., V] of all tokens, some at a time, and their weights."""
 
-    @abstractmethod
-    def _logits_of(self, tokens: Tensor) -> Tensor:
-        """The logits [n, V] of the tokens with these numbers [n]."""
-
     def _join(self, batches: Sequence[Batch], count: Tensor | int, sums: Tensor) -> None:
         """Take over more batches: their N, and their Σ w p."""
         self._sum = self._sum + sums
@@ -56,16 +51,18 @@ class MeanFisher(TokenOperator):
 
     def diagonal(self) -> Tensor:
         """The diagonal Σ w p (1 − p) / (N τ²) [V]."""
-        return self._factor * self._sum_over_tokens(softmax_fisher_diagonal)
+        return self._factor * self._sum_over_tokens(softmax_fisher_diagonal, self.shape[0])
 
     def trace(self) -> Tensor:
         """The trace Σ w Σ p (1 − p) / (N τ²), a scalar."""
         return self._factor * self._sum_over_tokens(softmax_fisher_trace)
 
-    def _sum_over_tokens(self, op: Any) -> Tensor:
+    def _sum_over_tokens(self, op: Any, *shape: int) -> Tensor:
         how = {"temperature": self._temperature, "reduction": "sum"}
-        sums = [op(logits, weights=weights, **how) for logits, weights in self._logits()]
-        return torch.stack(sums).sum(0)
+        total = self._factor.new_zeros(shape)
+        for logits, weights in self._logits():
+            total += op(logits, weights=weights, **how)
+        return total
 
     def sample(self, count: int, generator: torch.Generator | None = None) -> Tensor:
         """Gradients of sampled labels, g = (p − e_y) / τ, whose second moment is the operator.
@@ -82,14 +79,6 @@ class MeanFisher(TokenOperator):
         Raises:
             TypeError, ValueError: an argument of the wrong type or value, or no token counts.
         """
-        if checks.integer("count", count) < 0:
-            raise ValueError(f"count is {count}; expected an int >= 0")
-        weights = torch.cat([batch.roots.double().square() for batch in self._batches])
-        if not bool(weights.sum() > 0):
-            raise ValueError("the operator has no token that counts: none can be drawn")
-        drawn = torch.multinomial(weights, count, replacement=True, generator=generator)
-        z = self._logits_of(drawn)
-        gradients = softmax_fisher_sample(z, generator, temperature=self._temperature).gradients
-        return (
-            gradients * self._count.sqrt().to(self.dtype) if self._reduction == "sum" else gradients
-        )
+        z = self._logits_of(self._drawn(count, generator))
+        sampled = softmax_fisher_sample(z, generator, temperature=self._temperature)
+        return self._reduced(sampled.gradients)

@@ -45,7 +45,9 @@ class Sketch:
         return self.basis[:, : self.rank].contiguous()
 
     def _shrink(self) -> None:
-        self.used, taken = _shrink(self.basis, self.used, self.rank)
+        # a hook runs under the autocast of the model, which would round the operands
+        with torch.autocast(self.basis.device.type, enabled=False):
+            self.used, taken = _shrink(self.basis, self.used, self.rank)
         self.bound += taken
 
 

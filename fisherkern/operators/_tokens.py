@@ -130,7 +130,7 @@ class TokenOperator(LowRankOperator):
 
     def _token_blocks(self, count: int) -> Iterator[Tensor]:
         """The logits [t, V] of all tokens, at most `count` at a time."""
-        for batch in self._batches:
+        for batch in (b for b in self._batches if b.tokens):
             (rows,) = token_rows(batch.rows.ndim - 1, batch.rows)
             for part in rows:
                 yield from part.split(count)
@@ -200,21 +200,46 @@ class TokenOperator(LowRankOperator):
             first = last
 
     @abstractmethod
+    def _logits_of(self, tokens: Tensor) -> Tensor:
+        """The logits [n, V] of the tokens with these numbers [n]."""
+
+    def _drawn(self, count: int, generator: torch.Generator | None) -> Tensor:
+        """The numbers [count] of tokens drawn in proportion to their weights."""
+        if checks.integer("count", count) < 0:
+            raise ValueError(f"count is {count}; expected an int >= 0")
+        weights = torch.cat([batch.roots.double().square() for batch in self._batches])
+        if not bool(weights.sum() > 0):
+            raise ValueError("the operator has no token that counts: none can be drawn")
+        # torch draws one at least
+        drawn = torch.multinomial(weights, max(count, 1), replacement=True, generator=generator)
+        return drawn[:count]
+
+    def _reduced(self, samples: Tensor) -> Tensor:
+        """Samples whose second moment is the operator, of those for a mean."""
+        return samples * self._count.sqrt().to(self.dtype) if self._reduction == "sum" else samples
+
+    @abstractmethod
     def _take_over(self, shard: Self) -> None:
         """Add the tokens of another operator that is like this one."""
 
     def _is_like(self, shard: Self) -> bool:
-        return all(getattr(shard, name) == getattr(self, name) for name in self._ALIKE)
+        return type(shard) is type(self) and all(
+            getattr(shard, name) == getattr(self, name) for name in self._ALIKE
+        )
 
     @classmethod
     def merge(cls, shards: Sequence[Self]) -> Self:
         """The operator of the union of the tokens, as if it were one batch.
 
         Raises:
+            TypeError: a shard is no such operator.
             ValueError: no shards, or shards of different configuration, V, dtype or device.
         """
         if not shards:
             raise ValueError(f"shards is empty; expected at least one {cls.__name__}")
+        for shard in shards:
+            if not isinstance(shard, cls):
+                raise TypeError(f"shards holds a {type(shard).__name__}; expected {cls.__name__}")
         first, *others = shards
         merged = copy(first)
         for shard in others:
@@ -240,6 +265,16 @@ class LogitsOperator(TokenOperator):
         checks.classes(z, "an operator")
         limit = checks.byte_count("workspace", workspace, factor.WORKSPACE, z)
         super().__init__(z, z.shape[-1], temperature, reduction, limit, precision, memory)
+
+    def _logits_of(self, tokens: Tensor) -> Tensor:
+        out = torch.empty(len(tokens), self.shape[0], dtype=self.dtype, device=self.device)
+        first = 0
+        for batch in self._batches:
+            here = (tokens >= first) & (tokens < first + batch.tokens)
+            flat = batch.rows.reshape(batch.tokens, self.shape[0])
+            out[here] = flat[tokens[here] - first].to(self.dtype)
+            first += batch.tokens
+        return out
 
     def _checked(
         self, logits: object, mask: object, weights: object, logsumexp: object
@@ -271,4 +306,5 @@ class LogitsOperator(TokenOperator):
             "labels": [batch.labels for batch in self._batches],
             "temperature": self._temperature,
             "reduction": self._reduction,
+            "precision": self._precision,
         }

@@ -15,7 +15,7 @@ from fisherkern.operators._iterative import Product
 from fisherkern.operators._tokens import Batch, LogitsOperator
 from fisherkern.operators.compression import compress
 from fisherkern.ops._values import check_labels
-from fisherkern.ops.softmax_fisher import factor
+from fisherkern.ops.softmax_fisher import factor, softmax_fisher_gradient
 from fisherkern.reference import IGNORE_INDEX
 
 # Rank of the preconditioner of conjugate gradients.
@@ -119,6 +119,24 @@ class EmpiricalFisher(LogitsOperator):
         )
         return sums[:, 0]
 
+    def sample(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+        """Gradients g = (p − e_y) / τ of tokens drawn in proportion to their weights.
+
+        Args:
+            count: how many.
+            generator: of the device of the operator.
+
+        Returns:
+            [count, V], E[g gᵀ] = the operator; times √N for a sum.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong type or value, or no token counts.
+        """
+        drawn = self._drawn(count, generator)
+        labels = [batch.labels.flatten() for batch in self._batches if batch.labels is not None]
+        z, y = self._logits_of(drawn), torch.cat(labels)[drawn]
+        return self._reduced(softmax_fisher_gradient(z, y, temperature=self._temperature))
+
     def _take_over(self, shard: EmpiricalFisher) -> None:
         self._add(shard._batches, self._count + shard._count)
 
@@ -140,19 +158,22 @@ class EmpiricalFisher(LogitsOperator):
         return {**super().state_dict(), "ignore_index": self._ignore_index}
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any]) -> EmpiricalFisher:
-        """An operator of a state that `state_dict` gave.
+    def from_state_dict(
+        cls, state: Mapping[str, Any], *, workspace: int | None = None, memory: int | None = None
+    ) -> EmpiricalFisher:
+        """An operator of a state that `state_dict` gave, in the memory that this machine allows.
 
         Raises:
             KeyError, TypeError, ValueError: an entry is missing or does not fit.
         """
-        configuration = ("temperature", "reduction", "ignore_index")
+        configuration = ("temperature", "reduction", "precision", "ignore_index")
         missing = {"logits", "labels", "weights", *configuration} - set(state)
         if missing:
             raise KeyError(f"state lacks {', '.join(sorted(missing))}")
         batches = zip(state["logits"], state["labels"], state["weights"], strict=True)
         (z, y, w), *rest = batches
-        made = cls(z, y, weights=w, **{name: state[name] for name in configuration})
+        how = {name: state[name] for name in configuration}
+        made = cls(z, y, weights=w, workspace=workspace, memory=memory, **how)
         for z, y, w in rest:
             made.update(z, y, weights=w)
         return made

@@ -8,12 +8,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from fisherkern import checks
 from fisherkern.operators._mean import MeanFisher
 from fisherkern.operators._tokens import Batch
 from fisherkern.ops.head_fisher._common import Arguments, Head, check_head
 from fisherkern.ops.head_fisher.classes import powers
 
-_CONFIGURATION = ("weight", "bias", "softcap", "temperature", "reduction")
+_CONFIGURATION = ("weight", "bias", "softcap", "temperature", "reduction", "precision")
 
 
 class HeadFisher(MeanFisher):
@@ -81,7 +82,11 @@ class HeadFisher(MeanFisher):
             TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value; the
                 operator is as it was.
         """
-        head = (self._weight, self._bias, self._softcap, self._temperature)
+        h, W = checks.activations("hidden", hidden, 1), self._weight
+        checks.same_device_and_dtype("hidden", h, W, "the operator")
+        if h.shape[-1] != W.shape[1]:
+            raise ValueError(f"hidden has shape {list(h.shape)}; expected [..., {W.shape[1]}]")
+        head = (W, self._bias, self._softcap, self._temperature)
         self._take(check_head(hidden, *head, mask, weights, self._head_workspace))
 
     def _take(self, given: Arguments) -> None:
@@ -146,8 +151,10 @@ class HeadFisher(MeanFisher):
         }
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any]) -> HeadFisher:
-        """An operator of a state that `state_dict` gave.
+    def from_state_dict(
+        cls, state: Mapping[str, Any], *, workspace: int | None = None, memory: int | None = None
+    ) -> HeadFisher:
+        """An operator of a state that `state_dict` gave, in the memory that this machine allows.
 
         Raises:
             KeyError, TypeError, ValueError: an entry is missing or does not fit.
@@ -156,7 +163,8 @@ class HeadFisher(MeanFisher):
         if missing:
             raise KeyError(f"state lacks {', '.join(sorted(missing))}")
         (h, *hidden), (w, *weights) = state["hidden"], state["weights"]
-        made = cls(h, weights=w, **{name: state[name] for name in _CONFIGURATION})
+        how = {name: state[name] for name in _CONFIGURATION}
+        made = cls(h, weights=w, workspace=workspace, memory=memory, **how)
         for h, w in zip(hidden, weights, strict=True):
             made.update(h, weights=w)
         return made

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fisherkern import checks
+from fisherkern.operators._autocast import without_autocast
 from fisherkern.operators._base import LowRankOperator
 
 _DTYPES = (torch.float32, torch.float64)
@@ -52,6 +53,11 @@ class Kronecker:
         size = self.left.shape[0] * self.right.shape[0]
         return size, size
 
+    @property
+    def device(self) -> torch.device:
+        """The device of matrices and results."""
+        return self.left.device
+
     def _matrix(self, name: str, value: object) -> Tensor:
         x = checks.array(name, value, ("m", "n"), (self.left.dtype,))
         m, n = self.left.shape[0], self.right.shape[0]
@@ -59,6 +65,7 @@ class Kronecker:
             raise ValueError(f"{name} has shape {list(x.shape)}; expected [{m}, {n}]")
         return x.detach()
 
+    @without_autocast
     def __matmul__(self, x: Tensor) -> Tensor:
         """G X A for X [m, n].
 
@@ -75,6 +82,7 @@ class Kronecker:
         means = [float(f.trace()) / max(f.shape[0], 1) for f in (self.right, self.left)]
         return (means[0] / means[1]) ** 0.5 if min(means) > 0 else 1.0
 
+    @without_autocast
     def solve(self, x: Tensor, damping: float, pi: float | None = None) -> Tensor:
         """(G + √λ / π I)⁻¹ X (A + π √λ I)⁻¹: the natural gradient of a layer.
 
@@ -92,6 +100,7 @@ class Kronecker:
         half = _solve(self.left, gradient, left)
         return _solve(self.right, half.mT.contiguous(), right).mT.contiguous()
 
+    @without_autocast
     def residual(
         self, solution: Tensor, x: Tensor, damping: float, pi: float | None = None
     ) -> Tensor:

@@ -77,7 +77,9 @@ class DiagonalPlusLowRank(LowRankOperator):
                     f"factor {list(u.shape)}"
                 )
             # U C Uᵀ = (U L)(U L)ᵀ
-            self._columns = self._columns @ torch.linalg.cholesky(c.detach().double()).to(d.dtype)
+            root = torch.linalg.cholesky(c.detach().double()).to(d.dtype)
+            with torch.autocast(d.device.type, enabled=False):
+                self._columns = self._columns @ root
 
     @property
     def rank(self) -> int:

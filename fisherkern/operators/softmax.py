@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fisherkern.operators._mean import MeanFisher
@@ -84,28 +83,22 @@ class SoftmaxFisher(MeanFisher, LogitsOperator):
     def _logits(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         yield from ((batch.rows, batch.weights) for batch in self._batches)
 
-    def _logits_of(self, tokens: Tensor) -> Tensor:
-        out = torch.empty(len(tokens), self.shape[0], dtype=self.dtype, device=self.device)
-        first = 0
-        for batch in self._batches:
-            here = (tokens >= first) & (tokens < first + batch.tokens)
-            flat = batch.rows.reshape(batch.tokens, self.shape[0])
-            out[here] = flat[tokens[here] - first].to(self.dtype)
-            first += batch.tokens
-        return out
-
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any]) -> SoftmaxFisher:
-        """An operator of a state that `state_dict` gave.
+    def from_state_dict(
+        cls, state: Mapping[str, Any], *, workspace: int | None = None, memory: int | None = None
+    ) -> SoftmaxFisher:
+        """An operator of a state that `state_dict` gave, in the memory that this machine allows.
 
         Raises:
             KeyError, TypeError, ValueError: an entry is missing or does not fit.
         """
-        missing = {"logits", "weights", "temperature", "reduction"} - set(state)
+        configuration = ("temperature", "reduction", "precision")
+        missing = {"logits", "weights", *configuration} - set(state)
         if missing:
             raise KeyError(f"state lacks {', '.join(sorted(missing))}")
         (z, *logits), (w, *weights) = state["logits"], state["weights"]
-        made = cls(z, weights=w, temperature=state["temperature"], reduction=state["reduction"])
+        how = {name: state[name] for name in configuration}
+        made = cls(z, weights=w, workspace=workspace, memory=memory, **how)
         for z, w in zip(logits, weights, strict=True):
             made.update(z, weights=w)
         return made

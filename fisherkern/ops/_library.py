@@ -59,9 +59,22 @@ def _vmap(
     return torch.stack([function(*example) for example in examples]), 0
 
 
+def _refuse_nested_tangents() -> None:
+    """Of an autograd.Function torch drops the tangent of a tangent: zeros, and no error."""
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    if sum(level.key() == torch._C._functorch.TransformType.Jvp for level in levels) > 1:
+        raise NotImplementedError(
+            "forward mode inside forward mode (torch.func.jvp of jvp, jacfwd of jacfwd): put "
+            "reverse mode inside, as torch.func.hessian does"
+        )
+
+
 def _differentiated(args: Sequence[Any]) -> bool:
     """Whether anything may ask for a derivative or a batch: if not, the Function is 45 µs saved."""
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if torch._C._are_functorch_transforms_active():
+        _refuse_nested_tangents()
+        return True
+    if forward_ad._current_level >= 0:
         return True
     return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
 
@@ -121,7 +134,10 @@ def differentiable(
     )
 
     def call(*args: Any) -> Tensor:
-        if torch.compiler.is_compiling() or not _differentiated(args):
+        if torch.compiler.is_compiling():
+            # the raw op has no tangents, which would come out as zeros
+            return (operator if forward_ad._current_level < 0 else apply)(*args)
+        if not _differentiated(args):
             return operator(*args)
         return apply(*args)
 

@@ -47,6 +47,12 @@ def token_rows(lead: int, *operands: Tensor) -> list[Tensor]:
     ]
 
 
+def flat(value: Tensor | None) -> Tensor | None:
+    """A per-token tensor as the contiguous [T] that kernels take."""
+    # a column of a mask stays strided; so do the statistics of a call, columns of one tensor
+    return None if value is None else value.reshape(-1).contiguous()
+
+
 def write_back(out: Tensor, rows: Tensor) -> None:
     """Finish a kernel that wrote `rows`: copy them to `out` where they are no view of it."""
     if rows.data_ptr() != out.data_ptr():

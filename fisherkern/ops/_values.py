@@ -53,14 +53,27 @@ def _extent(x: Tensor) -> tuple[int, int]:
     return start, start + (steps + 1) * x.element_size()
 
 
+def _overlaps_itself(x: Tensor) -> bool:
+    """Whether a stride is no longer than what the dimensions of shorter ones reach."""
+    reach = 0
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += (size - 1) * stride
+    return False
+
+
 def check_disjoint(
-    out: Tensor, inputs: dict[str, Tensor], hint: str = "", name: str = "out"
+    out: Tensor, inputs: dict[str, Tensor | None], hint: str = "", name: str = "out"
 ) -> None:
     """The destination shares no memory with an input, nor one element with another."""
-    if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
+    if out.numel() and _overlaps_itself(out):
         raise ValueError(f"{name} has strides {out.stride()}: several of its elements share memory")
     start, stop = _extent(out)
     for other, value in inputs.items():
+        if value is None:
+            continue
         first, last = _extent(value)
         if start < last and first < stop:
             raise ValueError(f"{name} overlaps {other} in memory; pass a separate tensor{hint}")

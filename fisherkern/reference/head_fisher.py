@@ -167,7 +167,8 @@ def head_fisher_gram(
     p = torch.where((f == 0)[:, None], 0.0, p)
     scale = 1 / ((f @ p) / temperature**2 + damping)
     U = f.sqrt()[:, None] * p / temperature
-    return ((U * scale) @ U.mT).to(accumulation_dtype(hidden.dtype))
+    silent = (f == 0)[:, None] | (f == 0)
+    return torch.where(silent, 0.0, (U * scale) @ U.mT).to(accumulation_dtype(hidden.dtype))
 
 
 def head_fisher_weight_diagonal(

@@ -6,6 +6,7 @@ p = softmax(z / τ), w token weights, N = Σ w; F_t = (diag p_t − p_t p_tᵀ) 
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -58,6 +59,10 @@ def _weighted(rows: Tensor, weights: Tensor | None) -> Tensor:
         return rows
     w = weights[..., None]
     return torch.where(w == 0, 0.0, rows * w)
+
+
+def _over_tokens(rows: Tensor) -> Tensor:
+    return rows.reshape(rows.shape[:-1].numel(), rows.shape[-1]).sum(0)
 
 
 def _reduced(values: Tensor, weights: Tensor | None, logits: Tensor, reduction: str) -> Tensor:
@@ -160,7 +165,8 @@ def softmax_fisher_quadratic(
     if w is not None:
         covariance = torch.where((w == 0)[..., None, None], 0.0, covariance * w[..., None, None])
     if reduction != "none":
-        covariance = covariance.flatten(0, -3).sum(0)
+        *lead, K, _ = covariance.shape
+        covariance = covariance.reshape(math.prod(lead), K, K).sum(0)
     covariance = covariance.to(accumulation_dtype(logits.dtype))
     return covariance if v.ndim > logits.ndim else covariance[..., 0, 0]
 
@@ -180,7 +186,7 @@ def softmax_fisher_diagonal(
     rows = _weighted(p * _complement(p) / temperature**2, normalised(w, logits, reduction))
     if reduction == "none":
         return rows.to(logits.dtype)
-    return rows.flatten(0, -2).sum(0).to(accumulation_dtype(logits.dtype))
+    return _over_tokens(rows).to(accumulation_dtype(logits.dtype))
 
 
 def softmax_fisher_mean_probs(
@@ -195,7 +201,7 @@ def softmax_fisher_mean_probs(
     """D̄ = Σ w p / N, the diagonal part of the mean Fisher (τ = 1), or Σ w p."""
     w = token_weights(logits, mask, weights)
     p = _probabilities(_scaled_logits(logits, temperature, w), logsumexp)
-    total = _weighted(p, normalised(w, logits, reduction)).flatten(0, -2).sum(0)
+    total = _over_tokens(_weighted(p, normalised(w, logits, reduction)))
     return total.to(accumulation_dtype(logits.dtype))
 
 

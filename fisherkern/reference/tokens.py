@@ -26,5 +26,5 @@ def normalised(weights: Tensor | None, logits: Tensor, reduction: str) -> Tensor
     if weights is None:
         dtype = accumulation_dtype(logits.dtype)
         return torch.full(lead, 1.0 / max(lead.numel(), 1), dtype=dtype, device=logits.device)
-    total = weights.sum()
-    return torch.where(total == 0, torch.zeros_like(weights), weights / total)
+    total = weights.sum(dtype=torch.float64)  # of float32 weights the sum may be too large for it
+    return torch.where(total == 0, 0.0, weights / total).to(weights.dtype)

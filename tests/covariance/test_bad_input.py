@@ -103,6 +103,12 @@ def test_overlap(backend: str) -> None:
         fk.covariance_update_(x[:4], x, ema_decay=0.5)
     with pytest.raises(ValueError, match="factor overlaps g in memory"):
         fk.squared_gradient_update_(x[:4], torch.ones_like(x), x, ema_decay=0.5)
+    A = torch.zeros(4, 4, device=DEVICE)
+    with pytest.raises(ValueError, match="factor overlaps x in memory"):
+        fk.convolution_covariance_update_(A, A.view(1, 4, 4), 1, ema_decay=0.5)
+    windows = torch.zeros(7, device=DEVICE).as_strided((4, 4), (1, 1))
+    with pytest.raises(ValueError, match="several of its elements share memory"):
+        fk.covariance_update_(windows, x, ema_decay=0.5)
 
 
 def test_convolution_arguments(backend: str) -> None:

@@ -32,6 +32,16 @@ def test_masked_tokens_contribute_exactly_nothing(backend: str, op: Op, value: f
     assert torch.equal(op.new(*spoiled(op, inputs, w != 0, value), weights=w), expected)
 
 
+@pytest.mark.parametrize("op", OPS, **IDS)
+def test_strides_of_a_mask_and_of_weights_are_free(backend: str, op: Op) -> None:
+    inputs, mask, w = op.make(F32), cases.some_tokens(op), cases.some_weights(op, F32)
+    for name, values, others in (("mask", mask, ~mask), ("weights", w, w + 1)):
+        strided = torch.stack([values, others], -1)[..., 0]
+        assert torch.equal(op.new(*inputs, **{name: strided}), op.new(*inputs, **{name: values}))
+    one = mask.new_ones(1).expand(mask.shape)
+    assert torch.equal(op.new(*inputs, mask=one), op.new(*inputs, mask=one.contiguous()))
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("op", OPS, **IDS)
 def test_nothing_counts_gives_zeros(backend: str, op: Op, reduction: str) -> None:

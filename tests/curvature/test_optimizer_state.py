@@ -76,7 +76,7 @@ def test_bad_input() -> None:
         kronecker_from_adafactor(fresh, model)
     with pytest.raises(TypeError, match=r"optimizer must be a torch.optim.Optimizer, not int"):
         diagonal_from_adam(3, model)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="terms is 0; allowed are numbers > 0"):
+    with pytest.raises(ValueError, match="terms is 0; allowed are finite numbers > 0"):
         diagonal_from_adam(fresh, model, terms=0)
     with pytest.raises(ValueError, match=r"left has shape \[2, 3\]; expected \[m, m\]"):
         kronecker_from_shampoo(torch.zeros(2, 3), torch.zeros(3, 3))

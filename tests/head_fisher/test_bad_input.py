@@ -73,8 +73,8 @@ def test_bias(backend: str, op: Op) -> None:
 @pytest.mark.parametrize("op", ONE_EACH, **IDS)
 def test_softcap(backend: str, op: Op) -> None:
     for bad in (-1.0, float("nan"), float("inf")):
-        refused(op, ValueError, f"softcap is {bad}; allowed are numbers", softcap=bad)
-    refused(op, ValueError, "softcap is 0; allowed are numbers > 0", softcap=0)
+        refused(op, ValueError, f"softcap is {bad}; allowed are finite numbers > 0", softcap=bad)
+    refused(op, ValueError, "softcap is 0; allowed are finite numbers > 0", softcap=0)
     for worse in ("30", True, torch.tensor(30.0)):
         refused(op, TypeError, "softcap has type .*; expected a number", softcap=worse)
 
@@ -157,9 +157,9 @@ def test_precision(backend: str, op: Op) -> None:
 
 @pytest.mark.parametrize("op", [op for op in ONE_EACH if op.kind == "gram"], **IDS)
 def test_damping(backend: str, op: Op) -> None:
-    refused(op, ValueError, "damping is 0; allowed are numbers > 0", damping=0)
+    refused(op, ValueError, "damping is 0; allowed are finite numbers > 0", damping=0)
     for bad in (-1.0, float("nan"), float("inf")):
-        refused(op, ValueError, f"damping is {bad}; allowed are numbers", damping=bad)
+        refused(op, ValueError, f"damping is {bad}; allowed are finite numbers > 0", damping=bad)
     for worse in ("1", None, torch.tensor(1.0)):
         refused(op, TypeError, "damping has type .*; expected a number", damping=worse)
 

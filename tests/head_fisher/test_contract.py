@@ -37,6 +37,15 @@ def six_masked() -> Tensor:
     return some([1, 0, 1, 1, 0, 1]).bool()
 
 
+@pytest.mark.parametrize("op", GRAMS, **IDS)
+def test_masked_rows_are_zero_beside_a_nan_that_counts(backend: str, op: Op) -> None:
+    mask = six_masked()
+    gram = op.call(poisoned(setting(), 0), mask=mask)
+    counts = mask[:, None] & mask
+    assert gram[counts].isnan().all()
+    assert (gram[~counts] == 0).all()
+
+
 def poisoned(x: Inputs, index: Any, value: float = torch.nan) -> Inputs:
     """These tokens hold what no result may show."""
     hidden, u = x.hidden.clone(), x.u.clone()

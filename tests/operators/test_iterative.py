@@ -127,6 +127,33 @@ def test_zero_columns_and_right_hand_sides(backend: str) -> None:
     F = fk.SoftmaxFisher(logits(T, V, 2.0), memory=1)
     assert bool((F.solve(torch.zeros_like(block(V)), 1e-3) == 0).all())
     assert F.solve(block(V)[:, :0], 1e-3).shape == (V, 0)
+    # beside others, which take more iterations
+    y = block(V)
+    y[:, 1] = 0
+    for x in (F.solve(y, 1e-3), fk.SoftmaxFisher(logits(T, V, 2.0)).solve(y, 1e-3, refine=True)):
+        assert bool((x[:, 1] == 0).all())
+        assert bool(x.isfinite().all())
+
+
+def test_a_column_that_is_solved_at_once_stays(backend: str) -> None:
+    z = logits(T, V, 2.0)
+    z[:, -1] = -torch.inf
+    y = block(V)
+    y[:, 0] = 0
+    y[-1, 0] = 1
+    x = fk.SoftmaxFisher(z, memory=1).solve(y, 1e-3)
+    assert bool(x.isfinite().all())
+    assert x[-1, 0].item() == pytest.approx(1000, rel=1e-5)
+
+
+def test_compressed_batches_without_tokens(backend: str) -> None:
+    z = logits(T, V, 2.0)
+    F = fk.SoftmaxFisher(z[:0])
+    assert bool((compress(F, 3).operator @ block(V) == 0).all())
+    F.update(z)
+    F.update(z[:0])
+    x = compress(F, T).operator @ block(V)
+    assert error(x, (fk.SoftmaxFisher(z) @ block(V)).double()) <= 1e-5
 
 
 @pytest.mark.parametrize("rank", [1, 7, 30, 500])

@@ -143,6 +143,19 @@ def test_empirical_batches_merges_and_state(backend: str) -> None:
         assert error(other.solve(x, 1e-2), whole.solve(x, 1e-2).double()) <= 1e-6
 
 
+def test_samples_of_an_empirical_fisher_have_it_as_second_moment() -> None:
+    z, w = logits(4, 6, 1.0), torch.tensor([1.0, 0.0, 2.0, 0.5], device=DEVICE)
+    y = torch.tensor([0, 1, -100, 5], device=DEVICE)
+    F = fk.EmpiricalFisher(z, y, weights=w, temperature=1.3)
+    g = F.sample(200_000, torch.Generator(DEVICE).manual_seed(0)).double()
+    truth = cases.empirical_fisher(z[[0, 3]], y[[0, 3]], w[[0, 3]], 1.3)
+    # 200 000 draws of numbers below 1: a standard error below 2e-3
+    assert (g.mT @ g / len(g) - truth).abs().max() <= 8e-3
+    total = fk.EmpiricalFisher(z, y, weights=w, temperature=1.3, reduction="sum")
+    drawn = [x.sample(10, torch.Generator(DEVICE).manual_seed(0)) for x in (F, total)]
+    assert torch.allclose(drawn[1], drawn[0] * F.count.sqrt())
+
+
 def test_kronecker(backend: str) -> None:
     V, n = 40, 6
     F = fk.SoftmaxFisher(logits(9, V, 2.0))

@@ -8,6 +8,8 @@ from torch import Tensor
 
 import fisherkern as fk
 from conftest import DEVICE, SLOW
+from fisherkern.operators import DiagonalPlusLowRank, Kronecker, compress
+from fisherkern.operators._base import LowRankOperator
 from operators import cases
 from operators.cases import SCALES, block, error, logits, softmax_fisher, weights
 
@@ -206,6 +208,35 @@ def test_nan_of_a_row_that_counts_is_never_lost(backend: str) -> None:
     F = fk.SoftmaxFisher(z)
     assert bool((F @ block(20)).isnan().all())
     assert bool(F.solve(block(20), 1e-3).isnan().all())
+    values, vectors = F.eigsh(2)
+    assert values.shape == (2,)
+    assert vectors.shape == (20, 2)
+    assert bool(values.isnan().all())
+    assert bool(vectors.isnan().all())
+
+
+def test_autocast_rounds_nothing(backend: str) -> None:
+    z, y = logits(9, 40, 2.0), block(40)
+    U, d = logits(40, 3, 1.0), torch.rand(40, generator=cases.generator(1)).to(DEVICE) + 1
+    core, A = 2 * torch.eye(3, device=DEVICE), torch.eye(5, device=DEVICE) * 1.2345
+
+    def everything() -> list[torch.Tensor]:
+        F, D = operator(z, weights(9)), DiagonalPlusLowRank(d, U, core)
+        K, small = Kronecker(D, A), fk.SoftmaxFisher(z, memory=1)
+        verbs = [f(x) for x in (F, D) for f in (lambda x: x.inverse_diagonal(1e-2), to_dense)]
+        products = [F @ y, D @ y, K @ y, F.quadratic(y), compress(F, 4).operator @ y]
+        solved = [x.solve(y, 1e-2) for x in (F, D, K, small)]
+        return [*verbs, *products, *solved, F.eigsh(2)[0], F.logdet(1e-2)]
+
+    def to_dense(x: LowRankOperator) -> torch.Tensor:
+        return x.to_dense()
+
+    expected = everything()
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        found = everything()
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
 
 
 def test_minus_infinity_is_a_class_of_probability_zero(backend: str) -> None:
@@ -249,6 +280,7 @@ def test_samples_have_the_operator_as_second_moment() -> None:
     scaled = total.sample(10, cases.generator(0))
     plain = F.sample(10, cases.generator(0))
     assert torch.allclose(scaled, plain * w.sum().sqrt())
+    assert F.sample(0).shape == (0, 6)
 
 
 def test_state() -> None:
@@ -258,6 +290,16 @@ def test_state() -> None:
     again = fk.SoftmaxFisher.from_state_dict(F.state_dict())
     assert repr(again) == repr(F)
     assert torch.equal(again.solve(block(20), 1e-3), F.solve(block(20), 1e-3))
+    low = fk.SoftmaxFisher(z, precision="tf32").state_dict()
+    assert low["precision"] == "tf32"
+    for kind, other in (
+        (fk.SoftmaxFisher, low),
+        (fk.EmpiricalFisher, fk.EmpiricalFisher(z, z.argmax(-1), precision="tf32").state_dict()),
+        (fk.HeadFisher, fk.HeadFisher(z, torch.eye(20, device=DEVICE)).state_dict()),
+    ):
+        little = kind.from_state_dict(other, memory=1, workspace=1000)
+        assert little.path == "conjugate gradients"
+        assert little.state_dict()["precision"] == other["precision"]
     state = F.state_dict()
     del state["weights"]
     with pytest.raises(KeyError, match="weights"):
@@ -283,6 +325,18 @@ def test_bad_input() -> None:
         fk.SoftmaxFisher.merge([])
     with pytest.raises(ValueError, match="must be alike"):
         fk.SoftmaxFisher.merge([F, fk.SoftmaxFisher(logits(4, 20, 1.0), temperature=2.0)])
+    with pytest.raises(TypeError, match="shards holds a HeadFisher; expected SoftmaxFisher"):
+        fk.SoftmaxFisher.merge([F, fk.HeadFisher(logits(4, 20, 1.0), torch.eye(20))])
+    with pytest.raises(TypeError, match="shards holds a str"):
+        fk.SoftmaxFisher.merge(["F"])
+    with pytest.raises(ValueError, match=r"x has shape \[20, 1\]; expected that of y, \[20\]"):
+        F.residual(torch.zeros(20, 1), torch.ones(20), 1e-3)
+    with pytest.raises(ValueError, match="damping is -1"):
+        F.residual(torch.zeros(20), torch.ones(20), -1.0)
+    with pytest.raises(ValueError, match="rounds is 0; allowed are ints >= 1"):
+        F.eigsh(2, rounds=0)
+    with pytest.raises(ValueError, match="workspace is .*; allowed are ints of 64 bits"):
+        fk.SoftmaxFisher(logits(4, 20, 1.0), workspace=2**63)
     with pytest.raises(ValueError, match="no token"):
         fk.SoftmaxFisher(logits(4, 20, 1.0)[:0]).sample(1)
     before = F @ block(20)

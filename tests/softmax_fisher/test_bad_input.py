@@ -156,6 +156,15 @@ def test_out(backend: str, op: Op) -> None:
     refused(op, TypeError, "out has dtype torch.float64", z, *operands, out=expected.double())
     shared = torch.zeros(1, device=DEVICE).expand(expected.shape)
     refused(op, ValueError, "several of its elements share memory", z, *operands, out=shared)
+    V = expected.shape[-1]
+    memory = torch.zeros(expected.numel() + V, dtype=expected.dtype, device=DEVICE)
+    if expected.ndim > 1:
+        windows = memory.as_strided(expected.shape, (1,) * expected.ndim)
+        refused(op, ValueError, "several of its elements share memory", z, *operands, out=windows)
+    out = memory[: expected.numel()].view(expected.shape)
+    if op.name != "softmax_fisher_gradient" or z.dtype == out.dtype:
+        lse = memory[: z.shape[:-1].numel()].view(z.shape[:-1])
+        refused(op, ValueError, "out overlaps logsumexp", z, *operands, out=out, logsumexp=lse)
     if op.kind == "row":
         before = z.clone()
         refused(op, ValueError, "out overlaps logits in memory", z, *operands, out=z)

@@ -123,6 +123,55 @@ def test_hessian_by_forward_over_reverse(backend: str, name: str) -> None:
     )
 
 
+@needs_float64
+@pytest.mark.parametrize("name", ["diagonal", "mean_probs", "trace", "quadratic"])
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_forward_mode_of_one_token(backend: str, name: str, reduction: str) -> None:
+    z, t, v = cases.logits((3, V), torch.float64, 1.0).cpu()
+    operands = (v,) if name == "quadratic" else ()
+
+    def of(module: Any) -> Callable[[Tensor], Tensor]:
+        function = getattr(module, f"softmax_fisher_{name}")
+        return lambda z: function(z, *operands, reduction=reduction)
+
+    def one(z: Tensor) -> Tensor:
+        return of(reference)(z[None] if name != "quadratic" else z)
+
+    found = torch.func.jvp(of(fk), (z,), (t,))
+    torch.testing.assert_close(found, torch.func.jvp(one, (z,), (t,)), rtol=1e-9, atol=1e-12)
+
+
+@needs_float64
+@pytest.mark.parametrize("name", NAMES)
+def test_tangents_of_tangents_are_refused(backend: str, name: str) -> None:
+    """An autograd.Function has none, and torch makes zeros of them without a word."""
+    function, tensors = ops(fk)[name], inputs(name)
+
+    def along(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *x: torch.func.jvp(f, x, tensors)[1]
+
+    def scalar(*x: Tensor) -> Tensor:
+        return along(function)(*x).sum()
+
+    for nested in (along(along(function)), along(torch.func.grad(scalar))):
+        with pytest.raises(NotImplementedError, match="forward mode inside forward mode"):
+            nested(*tensors)
+    torch.func.grad(scalar)(*tensors)
+
+
+@needs_float64
+@pytest.mark.parametrize("name", ["matvec", "trace", "stats", "diagonal-mean", "mean_probs"])
+def test_forward_mode_inside_a_compiled_function(backend: str, name: str) -> None:
+    function, tensors = ops(fk)[name], inputs(name)
+
+    def along(*x: Tensor) -> Tensor:
+        return torch.func.jvp(function, x, tensors)[1]
+
+    torch.compiler.reset()
+    found = torch.compile(along, backend="aot_eager")(*tensors)
+    torch.testing.assert_close(found, along(*tensors))
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("name", NAMES)
 def test_backward_on_the_back_end(backend: str, name: str, dtype: torch.dtype) -> None:

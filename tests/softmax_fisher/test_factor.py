@@ -276,6 +276,15 @@ def test_strided_blocks(backend: str) -> None:
     x = fk.softmax_fisher_expand(**a, c=c, y=y)
     expected = fk.softmax_fisher_expand(**a, c=c.contiguous(), y=y.contiguous())
     assert cases.agree(backend, x, expected)
+    y = y.contiguous()
+    scales = normal(torch.float32, V, 2).abs()
+    for s in (scales[:, 0], scales[0, :1].expand(V)):
+        dense = s.contiguous()
+        found = fk.softmax_fisher_project(**a, y=y, scale=s)
+        assert cases.agree(backend, found, fk.softmax_fisher_project(**a, y=y, scale=dense))
+        found = fk.softmax_fisher_expand(**a, c=c, scale=s, y=y, y_scale=s)
+        expected = fk.softmax_fisher_expand(**a, c=c, scale=dense, y=y, y_scale=dense)
+        assert cases.agree(backend, found, expected)
 
 
 @pytest.mark.parametrize("lead", [(0,), (2, 0)])

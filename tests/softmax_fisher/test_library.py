@@ -118,6 +118,24 @@ def test_compiles_without_a_graph_break(backend: str, op: Op) -> None:
 
 
 @pytest.mark.skipif(SLOW, reason="the compiled graph holds the op itself: covered by the main run")
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_numbers_that_change_do_not_break_the_graph(backend: str, dynamic: bool | None) -> None:
+    def function(z: Tensor, W: Tensor, number: float) -> list[Tensor]:
+        return [
+            fk.softmax_fisher_trace(z, temperature=number),
+            fk.covariance(z, scale=number),
+            fk.head_fisher_mean_probs(z, W, softcap=number, temperature=number),
+        ]
+
+    torch.compiler.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for number in (1.5, 2.5, 3.5):
+        operands = (cases.logits((T, V), torch.float32), cases.logits((7, V), torch.float32))
+        for a, b in zip(compiled(*operands, number), function(*operands, number), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.skipif(SLOW, reason="the compiled graph holds the op itself: covered by the main run")
 def test_sampling_and_destinations_compile(backend: str) -> None:
     z = cases.logits((T, V), torch.float32)
 

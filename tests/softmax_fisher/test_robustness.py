@@ -50,6 +50,20 @@ def test_any_leading_dimensions(backend: str, op: Op, lead: tuple[int, ...]) -> 
 
 
 @pytest.mark.parametrize("op", OPS, **IDS)
+def test_one_token_without_leading_dimensions(backend: str, op: Op) -> None:
+    z = cases.logits((V,), torch.float32)
+    operands = op.make(z, cases.generator(1))
+    flat = [x.reshape(1, *x.shape) for x in operands]
+    for options in ({"mask": torch.tensor(True)}, {"weights": torch.tensor(2.0)}):
+        here = {name: x.to(DEVICE) for name, x in options.items()}
+        batched = {name: x[None] for name, x in here.items()}
+        found = cases.tensors(op.call(z, *operands, **here))
+        expected = cases.tensors(op.call(z[None], *flat, **batched))
+        for a, b in zip(found, expected, strict=True):
+            assert torch.equal(a.reshape(b.shape), b)
+
+
+@pytest.mark.parametrize("op", OPS, **IDS)
 def test_expanded_rows(backend: str, op: Op) -> None:
     z = cases.logits((1, 3, V), torch.float32)
     operands = op.make(z, cases.generator(1))

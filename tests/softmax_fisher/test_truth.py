@@ -114,6 +114,22 @@ def test_peaked_rows_keep_relative_accuracy(backend: str, op: Op) -> None:
 
 
 @pytest.mark.parametrize("op", OPS, **IDS)
+def test_peaked_rows_of_two_classes(backend: str, op: Op) -> None:
+    """ε is that of one other class, whose own 1 − p is one."""
+    V = 300 if SLOW else 4200
+    z = torch.full((1, V), -torch.inf)
+    z[0, 3], z[0, -1] = 0.0, 24.0
+    z = z.to(DEVICE)
+    operands = op.make(z, cases.generator(3))
+    if "labels" in op.operands:
+        operands = [torch.full_like(operands[0], V - 1)]
+    results = cases.tensors(op.call(z, *operands))
+    truths = cases.tensors(op.truth(z, *operands))
+    for result, truth in zip(results, truths, strict=True):
+        assert cases.error(result, truth) <= 1e-6
+
+
+@pytest.mark.parametrize("op", OPS, **IDS)
 def test_same_bits_on_every_run(backend: str, op: Op) -> None:
     shape = (5, 300) if SLOW else (70, 5000)
     z = cases.logits(shape, torch.float32)

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from fisherkern import checks
 from fisherkern.ops._library import define
-from fisherkern.ops._values import checked_weights
+from fisherkern.ops._values import check_disjoint, checked_weights
 from fisherkern.ops.covariance._common import (
     check_options,
     check_tokens,
@@ -139,6 +139,8 @@ def convolution_covariance_update_(
     width = channels // groups * math.prod(kernel) + bool(bias)
     a = checks.factor(factor, [*([groups] if groups > 1 else []), width, width], z)
     tokens = check_tokens(mask, weights, z, 1)
+    if not torch.compiler.is_compiling():  # its addresses are known in the op alone, for x
+        check_disjoint(a, {"x": z}, name="factor")
     if ema_decay == 1:
         return factor
     count = token_count(z, tokens, 1) * math.prod(positions)

@@ -12,7 +12,7 @@ from torch import Tensor
 from fisherkern import checks
 from fisherkern.ops._kernels import kernels
 from fisherkern.ops._library import define
-from fisherkern.ops._rows import token_rows
+from fisherkern.ops._rows import flat, token_rows
 from fisherkern.ops._values import check_disjoint
 from fisherkern.ops.covariance._common import (
     check_options,
@@ -56,8 +56,8 @@ def _update(
         target = factor if factor.stride(-1) == 1 or factor.shape[-1] == 1 else factor.contiguous()
         kernels(x, products=True).covariance_update(
             rows,
-            None if mask is None else mask.reshape(-1),
-            None if weights is None else weights.reshape(-1),
+            flat(mask),
+            flat(weights),
             alpha,
             beta,
             bias,

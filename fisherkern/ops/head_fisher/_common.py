@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fisherkern import checks
 from fisherkern.ops._kernels import kernels
+from fisherkern.ops._rows import flat
 from fisherkern.ops._values import checked_weights
 from fisherkern.reference import accumulation_dtype, normalised
 
@@ -133,7 +134,7 @@ class Head:
         softcap: float | None,
         workspace: int,
     ) -> None:
-        self.weights = None if weights is None else weights.reshape(-1).contiguous()
+        self.weights = flat(weights)
         self.hidden = unit_stride(hidden.reshape(-1, hidden.shape[-1]))
         self.weight = unit_stride(weight)
         self.bias, self.softcap = bias, softcap

@@ -72,7 +72,7 @@ def _weight_diagonal(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 def _weight_diagonal_out(*arguments: Any, out: Tensor) -> Tensor:
     named = zip(("hidden", "weight", "bias", "weights"), arguments, strict=False)
-    check_disjoint(out, {name: x for name, x in named if x is not None})
+    check_disjoint(out, dict(named))
     return _weight_diagonal_into(arguments, out)
 
 
@@ -95,6 +95,8 @@ def _gram(*arguments: Any) -> Tensor:
         head.products.softmax_fisher_project(*factor, *how)
         gram += part
     head.kernels.mirror(gram[None])
+    for side in (gram, gram.mT):  # a token that does not count may meet a NaN of one that does
+        head.silence(side)
     return gram
 
 

@@ -51,15 +51,9 @@ def reduce_tokens(values: Tensor, tokens: Tokens, logits: Tensor, reduction: str
     lead = logits.ndim - 1
     if w is not None:
         # a weight of zero also removes the derivative, NaN included
-        w = w.view(*w.shape, *(1,) * (values.ndim - lead))
+        w = w.reshape((*w.shape, *(1,) * (values.ndim - lead)))
         values = torch.where(w == 0, 0.0, values * w)
     return values if reduction == "none" else values.flatten(0, lead - 1).sum(0) if lead else values
-
-
-def flat(value: Tensor | None) -> Tensor | None:
-    """A per-token tensor as the contiguous [T] that kernels take."""
-    # the statistics of one call are columns of one tensor, and come back as operands of another
-    return None if value is None else value.reshape(-1).contiguous()
 
 
 def row_output(logits: Tensor) -> Tensor:

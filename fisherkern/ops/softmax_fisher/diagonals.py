@@ -11,11 +11,10 @@ from torch import Tensor
 from fisherkern import checks
 from fisherkern.ops._kernels import kernels
 from fisherkern.ops._library import define, differentiable
-from fisherkern.ops._rows import token_rows, write_back
+from fisherkern.ops._rows import flat, token_rows, write_back
 from fisherkern.ops._values import check_disjoint
 from fisherkern.ops.softmax_fisher._common import (
     check_tokens,
-    flat,
     per_class_output,
     probabilities,
     row_output,
@@ -59,7 +58,7 @@ def _diagonal_out(
     *,
     out: Tensor,
 ) -> None:
-    check_disjoint(out, {"logits": logits})
+    check_disjoint(out, {"logits": logits, "logsumexp": logsumexp})
     _diagonal_into(logits, weights, logsumexp, temperature, out)
 
 
@@ -110,7 +109,7 @@ def _define_token_sum(name: str) -> tuple[Any, Any]:
         *,
         out: Tensor,
     ) -> None:
-        check_disjoint(out, {"logits": logits})
+        check_disjoint(out, {"logits": logits, "logsumexp": logsumexp})
         into(logits, weights, logsumexp, temperature, out)
 
     op = define(
@@ -134,6 +133,10 @@ _mean_probs_op, _mean_probs_out = _define_token_sum("softmax_fisher_mean_probs")
 # ---- derivatives ------------------------------------------------------------------------------
 
 
+def _over_tokens(rows: Tensor, output: Tensor) -> Tensor:
+    return rows.reshape(rows.shape[:-1].numel(), rows.shape[-1]).sum(0, dtype=output.dtype)
+
+
 def _slope(inputs: Sequence[Any]) -> Tensor:
     """∂(p (1 − p)) / ∂p / τ² = (1 − 2p) / τ² in plain PyTorch: no fused backward here."""
     logits, weights, _, temperature = inputs
@@ -149,7 +152,7 @@ def _mean_probs_vjp(inputs: Sequence[Any], _: Tensor, grad: Tensor, needs: Any) 
 def _mean_probs_jvp(inputs: Sequence[Any], output: Tensor, tangents: Sequence[Any]) -> Tensor:
     logits, weights, logsumexp, temperature = inputs
     rows = matvec(logits, temperature * tangents[0], weights, logsumexp, temperature)
-    return rows.flatten(0, -2).sum(0, dtype=output.dtype)
+    return _over_tokens(rows, output)
 
 
 def _diagonal_vjp(inputs: Sequence[Any], _: Tensor, grad: Tensor, needs: Any) -> list[Any]:
@@ -162,7 +165,7 @@ def _diagonal_jvp(inputs: Sequence[Any], output: Tensor, tangents: Sequence[Any]
     logits, weights, logsumexp, temperature = inputs
     rows = matvec(logits, temperature * tangents[0], weights, logsumexp, temperature)
     rows = rows * _slope(inputs)
-    return (rows.flatten(0, -2).sum(0) if output.ndim < logits.ndim else rows).to(output.dtype)
+    return rows.to(output.dtype) if output.shape == rows.shape else _over_tokens(rows, output)
 
 
 mean_probs = differentiable(_mean_probs_op, vjp=_mean_probs_vjp, jvp=_mean_probs_jvp, vmap="loop")

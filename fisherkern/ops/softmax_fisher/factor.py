@@ -15,9 +15,8 @@ from torch import Tensor
 from fisherkern import checks
 from fisherkern.ops._kernels import kernels
 from fisherkern.ops._library import define
-from fisherkern.ops._rows import token_rows
+from fisherkern.ops._rows import flat, token_rows
 from fisherkern.ops.covariance._common import PRECISIONS
-from fisherkern.ops.softmax_fisher._common import flat
 from fisherkern.reference import accumulation_dtype
 
 # Bytes for parts of U and of what it is multiplied by.
@@ -35,6 +34,10 @@ def _canonical(logits: Sequence[Tensor]) -> list[Tensor]:
 
 def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 def _project(
@@ -62,7 +65,7 @@ def _project(
         flat(labels),
         flat(at_label),
         temperature,
-        scale,
+        _contiguous(scale),
         _unit_stride(y),
         ones,
         precision,
@@ -127,11 +130,11 @@ def expand_into(
         flat(labels),
         flat(at_label),
         temperature,
-        scale,
+        _contiguous(scale),
         _unit_stride(c),
         alpha,
         None if y is None else _unit_stride(y),
-        y_scale,
+        _contiguous(y_scale),
         precision,
         workspace,
         out,

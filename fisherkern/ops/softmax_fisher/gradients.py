@@ -11,9 +11,9 @@ from torch import Tensor
 from fisherkern import checks
 from fisherkern.ops._kernels import kernels
 from fisherkern.ops._library import define, differentiable
-from fisherkern.ops._rows import token_rows, write_back
+from fisherkern.ops._rows import flat, token_rows, write_back
 from fisherkern.ops._values import check_disjoint, check_labels, sampling_seed
-from fisherkern.ops.softmax_fisher._common import check_tokens, flat, row_output
+from fisherkern.ops.softmax_fisher._common import check_tokens, row_output
 from fisherkern.ops.softmax_fisher.products import matvec
 from fisherkern.reference import IGNORE_INDEX, accumulation_dtype
 
@@ -123,7 +123,7 @@ def _gradient_out(
     out: Tensor,
 ) -> None:
     hint = " (softmax_fisher_gradient_ writes over the logits)"
-    check_disjoint(out, {"logits": logits, "labels": labels}, hint)
+    check_disjoint(out, {"logits": logits, "labels": labels, "logsumexp": logsumexp}, hint)
     _gradient_into(logits, labels, weights, logsumexp, temperature, ignore_index, out)
 
 
@@ -157,7 +157,8 @@ def _sample_out(
     *,
     out: Tensor,
 ) -> Tensor:
-    check_disjoint(out, {"logits": logits}, " (softmax_fisher_sample_ writes over the logits)")
+    hint = " (softmax_fisher_sample_ writes over the logits)"
+    check_disjoint(out, {"logits": logits, "logsumexp": logsumexp}, hint)
     return _sample_into(logits, seed, weights, logsumexp, temperature, out)
 
 

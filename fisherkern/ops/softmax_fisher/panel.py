@@ -12,9 +12,8 @@ from torch import Tensor
 from fisherkern import checks
 from fisherkern.ops._kernels import kernels
 from fisherkern.ops._library import define
-from fisherkern.ops._rows import token_rows, write_back
+from fisherkern.ops._rows import flat, token_rows, write_back
 from fisherkern.ops._values import check_disjoint
-from fisherkern.ops.softmax_fisher._common import flat
 from fisherkern.reference import accumulation_dtype
 
 _ARGUMENTS = (
@@ -71,8 +70,8 @@ def _panel_out(
     *,
     out: Tensor,
 ) -> None:
-    inputs = {"logits": logits, "reference": reference, "unit": unit}
-    check_disjoint(out, inputs if scale is None else {**inputs, "scale": scale})
+    inputs = {"logits": logits, "reference": reference, "unit": unit, "scale": scale}
+    check_disjoint(out, inputs)
     _into(logits, reference, unit, scale, temperature, transposed, out)
 
 

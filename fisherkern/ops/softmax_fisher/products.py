@@ -16,11 +16,10 @@ from torch import Tensor
 from fisherkern import checks
 from fisherkern.ops._kernels import kernels
 from fisherkern.ops._library import define, differentiable
-from fisherkern.ops._rows import token_rows, write_back
+from fisherkern.ops._rows import flat, token_rows, write_back
 from fisherkern.ops._values import check_disjoint
 from fisherkern.ops.softmax_fisher._common import (
     check_tokens,
-    flat,
     probabilities,
     row_output,
 )
@@ -68,7 +67,7 @@ def _define_product(name: str) -> tuple[Any, Any]:
         *,
         out: Tensor,
     ) -> None:
-        check_disjoint(out, {"logits": logits, "v": v})
+        check_disjoint(out, {"logits": logits, "v": v, "logsumexp": logsumexp})
         into(logits, v, weights, logsumexp, temperature, out)
 
     arguments = "Tensor logits, Tensor v, Tensor? weights, Tensor? logsumexp, float temperature"
@@ -324,7 +323,8 @@ def softmax_fisher_matvec(
 
     Returns:
         [..., V] in the dtype of the logits, accumulated in float32 (float64 for float64).
-        Differentiable in `logits` and `v`, any number of times, in both modes.
+        Differentiable in `logits` and `v`, any number of times, in both modes (but forward mode
+        inside forward mode, which raises NotImplementedError).
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value; or an

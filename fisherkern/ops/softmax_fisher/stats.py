@@ -11,10 +11,9 @@ from torch import Tensor
 from fisherkern import checks, reference
 from fisherkern.ops._kernels import kernels
 from fisherkern.ops._library import define, differentiable
-from fisherkern.ops._rows import token_rows, write_back
+from fisherkern.ops._rows import flat, token_rows, write_back
 from fisherkern.ops.softmax_fisher._common import (
     check_tokens,
-    flat,
     per_token_output,
     reduce_tokens,
     row_output,
