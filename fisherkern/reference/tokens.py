@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,7 @@ def normalised(weights: Tensor | None, logits: Tensor, reduction: str) -> Tensor
     lead = logits.shape[:-1]
     if weights is None:
         dtype = accumulation_dtype(logits.dtype)
-        return torch.full(lead, 1.0 / max(lead.numel(), 1), dtype=dtype, device=logits.device)
+        # torch.Size.numel, or a quotient to fill with, would fix the number under torch.export
+        return torch.ones(lead, dtype=dtype, device=logits.device) / max(math.prod(lead), 1)
     total = weights.sum(dtype=torch.float64)  # of float32 weights the sum may be too large for it
     return torch.where(total == 0, 0.0, weights / total).to(weights.dtype)

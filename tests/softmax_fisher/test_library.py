@@ -135,6 +135,25 @@ def test_numbers_that_change_do_not_break_the_graph(backend: str, dynamic: bool 
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.skipif(SLOW, reason="the exported graph holds the op itself: covered by the main run")
+def test_exports_for_any_number_of_tokens(backend: str) -> None:
+    class Everything(torch.nn.Module):
+        def forward(self, z: Tensor, W: Tensor) -> list[Tensor]:
+            means = [fk.softmax_fisher_trace, fk.softmax_fisher_diagonal]
+            return [
+                *(function(z, reduction="mean") for function in means),
+                *(fk.covariance(z, reduction=reduction) for reduction in ("mean", "sum")),
+                fk.head_fisher_mean_probs(z, W),
+            ]
+
+    W, tokens = cases.logits((7, V), torch.float32), torch.export.Dim("tokens", min=2, max=1000)
+    operands = (cases.logits((T, V), torch.float32), W)
+    exported = torch.export.export(Everything(), operands, dynamic_shapes=({0: tokens}, {}))
+    z = cases.logits((3 * T, V), torch.float32, seed=1)
+    for a, b in zip(exported.module()(z, W), Everything()(z, W), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.skipif(SLOW, reason="the compiled graph holds the op itself: covered by the main run")
 def test_sampling_and_destinations_compile(backend: str) -> None:
     z = cases.logits((T, V), torch.float32)

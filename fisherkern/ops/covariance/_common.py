@@ -57,8 +57,8 @@ def check_update(
     elif isinstance(count, int):
         value = coefficient / count if count else 0.0
         alpha = torch.full((1,), value, dtype=factor.dtype, device=factor.device)
-    else:
-        total = count.double()
+    else:  # a tensor, or the symbol of a compiler
+        total = count * torch.ones((), dtype=torch.float64, device=factor.device)
         alpha = torch.where(total == 0, 0.0, coefficient / total).to(factor.dtype).reshape(1)
     return Update(alpha, 1.0 if ema_decay is None else ema_decay)
 
@@ -66,7 +66,7 @@ def check_update(
 def token_count(x: Tensor, tokens: Tokens, lead: int) -> Tensor | int:
     """N = Σ w, a tensor where it depends on values."""
     if tokens.either is None:
-        return x.shape[:lead].numel()
+        return math.prod(x.shape[:lead])  # torch.Size.numel would fix it under torch.export
     return tokens.either.sum(dtype=torch.float64)
 
 
