@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
@@ -24,6 +25,24 @@ def checked_decay(ema_decay: object) -> float | None:
     if beta == 1:
         raise ValueError("ema_decay is 1: the average would never move; allowed is [0, 1)")
     return beta
+
+
+def checked_count(count: object, device: torch.device) -> Tensor | float:
+    """A number of tokens >= 0, or a scalar tensor of one that an average on the device can take.
+
+    The value of a tensor is checked on a CPU alone: a GPU would have to be waited for.
+    """
+    if not isinstance(count, Tensor):
+        return checks.number("count", count, 0.0, math.inf)
+    if count.shape != ():
+        raise ValueError(f"count has shape {list(count.shape)}; expected a scalar")
+    if count.is_complex() or count.dtype == torch.bool:
+        raise TypeError(f"count has dtype {count.dtype}; expected one of real numbers")
+    if count.device.type == "cpu":
+        return checks.number("count", count.item(), 0.0, math.inf)
+    if count.device != device:
+        raise ValueError(f"count is on {count.device}; expected {device}, or the cpu")
+    return count
 
 
 class MovingAverage(ABC):
@@ -147,19 +166,20 @@ class MovingAverage(ABC):
         """Take over a state of the same shape; its configuration must be that of this object.
 
         Raises:
-            KeyError, ValueError: an entry is missing or does not fit; the state is as it was.
+            KeyError, TypeError, ValueError: an entry is missing or does not fit; the state is as it
+                was.
         """
         self.check_state(state)
         self._sum.copy_(state["sum"])
         self._count.copy_(state["count"])
-        self._steps_due = state.get("steps_due", 0)
+        self._steps_due = state["steps_due"]
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Raise what :meth:`load_state_dict` would, and change nothing."""
         expected = self._configuration()
-        missing = {"sum", "count", *expected} - set(state)
-        if missing:
-            raise KeyError(f"state lacks {', '.join(sorted(missing))}")
+        lacking = [key for key in ("count", "sum", "steps_due", *expected) if key not in state]
+        if lacking:
+            raise KeyError(f"state lacks {', '.join(lacking)}")
         for name, value in expected.items():
             if state[name] != value:
                 raise ValueError(f"state has {name} {state[name]}; expected {value}")
@@ -168,3 +188,10 @@ class MovingAverage(ABC):
             raise ValueError(
                 f"state has a sum of shape {list(total.shape)}; expected {list(self._sum.shape)}"
             )
+        for name, value in (("sum", total), ("count", count)):
+            if value.dtype not in (torch.float32, torch.float64):
+                raise TypeError(
+                    f"state has a {name} of dtype {value.dtype}; allowed are float32, float64"
+                )
+        if checks.integer("steps_due", state["steps_due"]) < 0:
+            raise ValueError(f"state has steps_due {state['steps_due']}; allowed are ints >= 0")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fisherkern.curvature._probe import Call
 from fisherkern.curvature.structures import LayerCurvature
 
 
@@ -38,6 +39,7 @@ class Ledger:
         """A new pass."""
         self._received: set[str] = set()
         self._before: dict[str, dict[str, Any]] = {}
+        self._counted: dict[str, list[Call]] = {}
 
     def call(self, name: str) -> None:
         """The module of a layer is called; checkpointing repeats calls, but adds none."""
@@ -48,11 +50,13 @@ class Ledger:
         """Whether a layer is followed still."""
         return name not in self._failed
 
-    def receive(self, name: str) -> None:
-        """A layer is about to be added to."""
+    def receive(self, name: str, call: Call) -> None:
+        """A layer is about to be added to, with a gradient of this call."""
         if name not in self._received and (self._several or self._calls[name] > 1):
             self._before[name] = self._layers[name].state_dict()
         self._received.add(name)
+        if not call.counted:
+            self._counted.setdefault(name, []).append(call)
 
     def fail(self, name: str) -> None:
         """Leave a layer out of what is left of the batch, and of this pass."""
@@ -83,6 +87,8 @@ class Ledger:
         if before is not None:
             self._layers[name].load_state_dict(before)
             self._received.discard(name)
+            for call in self._counted.pop(name, ()):
+                call.counted = False
 
     def _count(self, terms: float, names: set[str]) -> None:
         for name in names:

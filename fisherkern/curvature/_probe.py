@@ -13,12 +13,22 @@ gradients are summed. Such modules, and those of indices, have it at a copy of t
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from fisherkern.curvature._hooks import Hook, removed_with
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a module."""
+
+    counted: bool = False
+    """Whether its inputs were added, which every gradient of it comes with."""
 
 
 class Receiver(Protocol):
@@ -30,11 +40,8 @@ class Receiver(Protocol):
     def observe(self, output: Tensor) -> None:
         """What the module returned."""
 
-    def receive(self, inputs: Callable[[], Tensor], gradient: Tensor, first: bool) -> bool:
-        """What gives the input, the output gradient, and whether none of this call was taken yet.
-
-        Says whether this one was.
-        """
+    def receive(self, inputs: Callable[[], Tensor], gradient: Tensor, call: Call) -> None:
+        """What gives the input, the output gradient, and which call they are of."""
 
 
 class _Probe(torch.autograd.Function):
@@ -69,31 +76,25 @@ class Tap:
         receiver: Receiver,
     ) -> None:
         self._anchor, self._at_input, self._receiver = anchor, at_input, receiver
-        # a copy of the model, as for an average of its weights, takes the hooks along
-        self._module = weakref.ref(module)
         self._node: Any = None
         self._input: Tensor | None = None
-        # a compiled model breaks its graph here; the import of the compiler waits until now
-        before, after = (torch.compiler.disable(hook) for hook in (self._before, self._after))
-        self._handles = [
-            module.register_forward_pre_hook(before, with_kwargs=True),
-            module.register_forward_hook(after),
-        ]
+        before, after = Hook(module, self._before), Hook(module, self._after)
+        self.remove = removed_with(
+            self,
+            [
+                module.register_forward_pre_hook(before, with_kwargs=True),
+                module.register_forward_hook(after),
+            ],
+        )
+        """Take the hooks off."""
 
     def forget(self) -> None:
         """Let go of a call that raised, or of which checkpointing repeated only a part."""
         self._node = self._input = None
 
-    def remove(self) -> None:
-        """Take the hooks off."""
-        for handle in self._handles:
-            handle.remove()
-
     def _before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if module is not self._module():
-            return None
         self.forget()
         if not (self._receiver.follow() and torch.is_grad_enabled()):
             return None
@@ -109,8 +110,6 @@ class Tap:
         return ((probed, *args[1:]), kwargs) if args else (args, {**kwargs, name: probed})
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> Tensor | None:
-        if module is not self._module():
-            return None
         node, x = self._node, self._input
         self.forget()
         if not isinstance(output, Tensor) or (node is None and x is None):
@@ -146,14 +145,13 @@ def _hook(output: Tensor, hook: Callable[[Tensor], None]) -> None:
 
 
 def _follow(node: Any, receiver: Receiver) -> Callable[[Tensor], None]:
-    first = True
+    call = Call()
 
     def hook(gradient: Tensor) -> None:
-        nonlocal first
         # what checkpointing has to compute again comes only once a pass
         inputs = functools.cache(lambda: node.saved_tensors[0].detach())
-        with torch.no_grad():
-            taken = receiver.receive(inputs, gradient.detach(), first)
-        first = first and not taken
+        # of a backward pass inside autocast too the averages are products of their own dtype
+        with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
+            receiver.receive(inputs, gradient.detach(), call)
 
     return hook

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fisherkern.curvature._finite import all_finite
 from fisherkern.curvature._ledger import Ledger
+from fisherkern.curvature._probe import Call
 from fisherkern.curvature.head import WideCurvature
 from fisherkern.curvature.layers import shared_by_samples
 from fisherkern.curvature.structures import LayerCurvature
@@ -28,6 +29,9 @@ class Batch:
     """Of the squares of the gradients that come now; None: they are not wanted."""
 
 
+NEVER_CALLED = "its module was never called"
+
+
 class Receiver:
     """What the tap of a module asks and tells, for one layer.
 
@@ -38,7 +42,6 @@ class Receiver:
         ledger: as well.
         summed: whether gradients may come as sums over samples: those of sampled labels, which are
             independent, so that the products of different samples cancel on average.
-        refuse: told why the parameters of the layer are not covered after all.
     """
 
     def __init__(
@@ -48,14 +51,13 @@ class Receiver:
         batch: Batch,
         ledger: Ledger,
         summed: bool,
-        refuse: Callable[[str], None],
     ) -> None:
         self._name, self._curvature, self._layer = name, curvature, curvature.layer
         self._batch, self._ledger = batch, ledger
-        self._summed, self._refuse = summed, refuse
+        self._summed = summed
         self._warned = False
-        self.called = False
-        """Whether a gradient ever came."""
+        self.missing: str | None = NEVER_CALLED
+        """Why the layer has no curvature; None once a gradient came."""
 
     def follow(self) -> bool:
         """Whether a call is to be followed; asked before it."""
@@ -64,23 +66,29 @@ class Receiver:
         return self._batch.active
 
     def observe(self, output: Tensor) -> None:
-        """See what a call returned; refuse a mask that does not fit before anything is added."""
-        layer, batch = self._layer, self._batch
+        """See what a call returned; refuse what does not fit before anything is added."""
+        layer, batch, kept = self._layer, self._batch, self._curvature
+        narrow = output.dtype == torch.float64 and kept.dtype != torch.float64
+        if narrow or output.device != kept.device:
+            raise TypeError(
+                f"{self._name} gave {output.dtype} on {output.device}, but its curvature is of "
+                f"{kept.dtype} on {kept.device}: convert or move a model before it is captured"
+            )
         layer.token_mask(batch.mask, layer.lead(layer.by_sample(output, batch.shape)))
-        if isinstance(self._curvature, WideCurvature):
-            self._curvature.observe(output)
+        if isinstance(kept, WideCurvature):
+            kept.observe(output)
 
-    def receive(self, inputs: Callable[[], Tensor], gradient: Tensor, first: bool) -> bool:
-        """Add the gradient of a call, and its inputs with the first one; whether it was taken."""
+    def receive(self, inputs: Callable[[], Tensor], gradient: Tensor, call: Call) -> None:
+        """Add the gradient of a call, and its inputs where they were not."""
         batch, layer = self._batch, self._layer
         if batch.scale is None or not self._ledger.takes(self._name):
-            return False
+            return
         g = layer.by_sample(gradient, batch.shape)
         lead = layer.lead(g)
         if not self._summed and shared_by_samples(lead, batch.shape):
             self._refuse_shared(lead)
-            return False
-        self.called = True
+            return
+        self.missing = None
 
         def x() -> Tensor:
             return layer.by_sample(inputs(), batch.shape)
@@ -89,22 +97,23 @@ class Receiver:
         mask = None if batch.mask is None else batch.mask.to(g.device)
         over = layer.used(x, layer.token_mask(mask, lead))
         good = _finite(g, layer.gradient_rows, over)
-        if not (good and (not first or _finite(x(), layer.rows, over))):
+        if not (good and (call.counted or _finite(x(), layer.rows, over))):
             what = "inputs or gradients hold NaN or infinity"
             self._leave_out(f"{what}; this batch is left out of its curvature")
-            return False
-        self._ledger.receive(self._name)
-        if first:
+            return
+        self._ledger.receive(self._name, call)
+        if not call.counted:
+            call.counted = True
             self._curvature.add_inputs(x(), over)
         self._curvature.add_gradients(x, g, over, batch.scale)
-        return True
 
     def _refuse_shared(self, lead: torch.Size) -> None:
         reason = (
             f"called on tokens of shape {list(lead)} for all samples of a batch at once: their "
             f"gradients cannot be told apart"
         )
-        self._refuse(reason)
+        if self.missing is not None:
+            self.missing = reason
         self._leave_out(f"{reason}, and it is left out")
 
     def _leave_out(self, why: str) -> None:

@@ -14,20 +14,23 @@ from fisherkern import checks
 from fisherkern.curvature import fisher_types
 from fisherkern.curvature._ledger import Ledger
 from fisherkern.curvature._probe import Tap
-from fisherkern.curvature._receiver import Batch, Receiver
+from fisherkern.curvature._receiver import NEVER_CALLED, Batch, Receiver
 from fisherkern.curvature.coverage import Chosen, cover
 from fisherkern.curvature.head import WideCurvature
 from fisherkern.curvature.kinds import STRUCTURES, Kinds
 from fisherkern.curvature.layers import over_tokens
 from fisherkern.curvature.structures import KFAC_APPROXIMATIONS, LayerCurvature
 
+# What captures must agree in to be averages of the same thing.
+_OPTIONS = ("structure", "fisher_type", "kfac_approx")
+
 
 class Capture:
     """Averages of the curvature of every layer that has a rule, kept up while the model runs.
 
     Hooks are on the model from :meth:`attach` (or ``with``) to :meth:`detach`, and do nothing but
-    in a :meth:`batch`. A layer is met as often as it is called; of a weight that two modules share
-    (tied embeddings) the module that comes last in the model is taken.
+    in a :meth:`batch`. A layer is met as often as it is called; of a weight that an embedding and
+    the head share, that of the head is taken.
 
     Args:
         model: any module. Covered are Linear, transformers' Conv1D, Conv1d, Conv2d, Embedding,
@@ -100,9 +103,13 @@ class Capture:
             raise TypeError(
                 f"generator must be a torch.Generator or None, not {type(generator).__name__}"
             )
+        if not isinstance(exact_positions, bool):
+            raise TypeError(
+                f"exact_positions has type {type(exact_positions).__name__}; expected a bool"
+            )
         self.ema_decay, self.mc_samples = ema_decay, mc_samples
         self._generator = generator
-        self._exact = bool(exact_positions)
+        self._exact = exact_positions
         self._samples = 0  # seen so far: signs of "type-2" depend on the number of a sample
         self._shard = (0, 1)
         kinds = Kinds(structure, kfac_approx, ema_decay, rank, widest, stride)
@@ -116,7 +123,11 @@ class Capture:
         self._loss_scale = 1.0
         self._batch_terms = 0.0
         self._ledger = Ledger(self.layers, several=fisher_type == "type-2")
-        self._receivers = {name: self._receiver(name) for name in self.layers}
+        summed = fisher_type == "mc"
+        self._receivers = {
+            name: Receiver(name, curvature, self._batch, self._ledger, summed)
+            for name, curvature in self.layers.items()
+        }
 
     # ---- what is covered ------------------------------------------------------------------------
 
@@ -126,18 +137,23 @@ class Capture:
         Once a batch was captured that includes those of modules that were never called, such as the
         projections that ``nn.MultiheadAttention`` multiplies with by itself.
         """
-        covered = {
-            id(p) for curvature in self.layers.values() for p in curvature.layer.parameters.values()
+        called = self.called
+        missing: dict[int, str | None] = {
+            id(p): self._receivers[name].missing if called else None
+            for name, curvature in self.layers.items()
+            for p in curvature.layer.parameters.values()
         }
-        if any(receiver.called for receiver in self._receivers.values()):
-            for name, curvature in self.layers.items():
-                if not self._receivers[name].called:
-                    covered -= {id(p) for p in curvature.layer.parameters.values()}
         left = {}
         for name, p in self._model.named_parameters():
-            if id(p) not in covered:
-                left[name] = self._covered.reasons.get(name, "its module was never called")
+            reason = missing.get(id(p), self._covered.reasons.get(name, NEVER_CALLED))
+            if reason is not None:
+                left[name] = reason
         return left
+
+    @property
+    def called(self) -> bool:
+        """Whether any layer has curvature, of however few samples."""
+        return any(receiver.missing is None for receiver in self._receivers.values())
 
     # ---- hooks ----------------------------------------------------------------------------------
 
@@ -162,15 +178,6 @@ class Capture:
     def __exit__(self, *_: object) -> None:
         """Detach."""
         self.detach()
-
-    def _receiver(self, name: str) -> Receiver:
-        curvature = self.layers[name]
-
-        def refuse(reason: str) -> None:
-            self._covered.refuse(name, curvature.layer.module, reason)
-
-        summed = self.fisher_type == "mc"
-        return Receiver(name, curvature, self._batch, self._ledger, summed, refuse)
 
     @property
     def _active(self) -> bool:
@@ -246,6 +253,17 @@ class Capture:
         self._batch.scale = self._loss_scale**-2
         if self.loss_reduction == "mean":
             self._batch.scale *= self._batch_terms**2
+
+    def set_loss_scale(self, loss_scale: float) -> None:
+        """Correct the `loss_scale` of the batch, before its gradients come to the layers.
+
+        Raises:
+            TypeError, ValueError: a scale of the wrong type or value, or no batch of "empirical".
+        """
+        if not self._active or self.fisher_type != "empirical":
+            raise ValueError('loss_scale was given outside of a batch of fisher_type "empirical"')
+        self._loss_scale = checks.positive("loss_scale", loss_scale)
+        self.set_terms(self._batch_terms)
 
     def _terms(self, mask: Tensor | None, terms: float | Tensor | None) -> float:
         if terms is None and mask is None:
@@ -409,34 +427,48 @@ class Capture:
 
     def state_dict(self) -> dict[str, Any]:
         """Every average by layer, as tensors and plain values, for torch.save; copies."""
-        layers = {name: curvature.state_dict() for name, curvature in self.layers.items()}
-        return {"samples": self._samples, "layers": layers}
+        return {
+            "options": {option: getattr(self, option) for option in _OPTIONS},
+            "samples": self._samples,
+            "missing": {name: receiver.missing for name, receiver in self._receivers.items()},
+            "layers": {name: curvature.state_dict() for name, curvature in self.layers.items()},
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over the averages of a capture of the same model and options.
 
         Raises:
-            KeyError, TypeError, ValueError: a layer is missing, unknown or does not fit; nothing
-                was changed.
+            KeyError, TypeError, ValueError: an option is another one, or a layer is missing,
+                unknown or does not fit; nothing was changed.
         """
         self.check_state(state)
         for name, curvature in self.layers.items():
             curvature.load_state_dict(state["layers"][name])
+            self._receivers[name].missing = state["missing"][name]
         self._samples = state["samples"]
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Raise what :meth:`load_state_dict` would, and change nothing."""
         if not isinstance(state, Mapping):
             raise TypeError(f"state must be a mapping, not {type(state).__name__}")
-        missing = {"samples", "layers"} - set(state)
-        if missing:
-            raise KeyError(f"state lacks {', '.join(sorted(missing))}")
+        lacking = [key for key in ("layers", "samples", "options", "missing") if key not in state]
+        if lacking:
+            raise KeyError(f"state lacks {', '.join(lacking)}")
+        self._check_options("state", state["options"])
         checks.integer("samples", state["samples"])
         for name in state["layers"]:
             if name not in self.layers:
                 raise ValueError(f"state holds layer {name}, which this capture does not cover")
         for name, curvature in self.layers.items():
             curvature.check_state(state["layers"].get(name, {}))
+            if name not in state["missing"]:
+                raise KeyError(f"state lacks missing of layer {name}")
+
+    def _check_options(self, name: str, options: Mapping[str, Any]) -> None:
+        for option in _OPTIONS:
+            mine, theirs = getattr(self, option), options.get(option)
+            if mine != theirs:
+                raise ValueError(f"{name} has {option} {theirs!r}; expected {mine!r}")
 
     def merge_(self, other: Capture) -> Self:
         """Add the tokens that another capture of the same model saw in the same steps.
@@ -447,16 +479,15 @@ class Capture:
         """
         if not isinstance(other, Capture):
             raise TypeError(f"other must be a Capture, not {type(other).__name__}")
-        for option in ("structure", "fisher_type", "kfac_approx"):
-            mine, theirs = getattr(self, option), getattr(other, option)
-            if mine != theirs:
-                raise ValueError(f"other has {option} {theirs!r}; expected {mine!r}")
+        self._check_options("other", vars(other))
         for name in sorted(set(self.layers) ^ set(other.layers)):
             raise ValueError(f"other covers different layers: {name} is in one of the two only")
         for name, curvature in self.layers.items():
             curvature.check_merge(other.layers[name])
         for name, curvature in self.layers.items():
             curvature.merge_(other.layers[name])
+            if other._receivers[name].missing is None:
+                self._receivers[name].missing = None
         return self
 
 

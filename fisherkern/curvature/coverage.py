@@ -6,12 +6,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from fisherkern.curvature.layers import Layer, layer_of
+from fisherkern.curvature.layers import EmbeddingLayer, Layer, ScaledEmbeddingLayer
+from fisherkern.curvature.recognition import layer_of
 from fisherkern.curvature.structures import LayerCurvature
 
 Chosen = list[str] | Callable[[str, nn.Module], bool] | None
 """Names of modules, what tells by name and module, or None for all."""
+
+_LEFT_OUT = "left out by `layers`"
 
 
 @dataclass
@@ -29,6 +33,11 @@ class Coverage:
         """Note why the parameters of a module are not covered."""
         for role, _ in module.named_parameters(recurse=False):
             self.reasons[f"{name}.{role}" if name else role] = reason
+
+    def drop(self, name: str) -> None:
+        """Take a layer out again."""
+        del self.layers[name]
+        self.modules = {m: owner for m, owner in self.modules.items() if owner != name}
 
 
 def cover(
@@ -62,18 +71,22 @@ def cover(
         weight = next(iter(curvature.layer.parameters.values()))
         before = owners.get(id(weight))
         if before is not None:
-            theirs = found.layers[before].layer
-            if type(theirs) is type(curvature.layer):
-                if not _same(theirs, curvature.layer):
-                    found.refuse(
-                        name, module, f"shares its weight, but not its bias, with {before}"
-                    )
+            theirs, mine = found.layers[before].layer, curvature.layer
+            if isinstance(theirs, EmbeddingLayer) is isinstance(mine, EmbeddingLayer):
+                differs = _difference(theirs, mine)
+                if differs is None:  # one weight in two places: one curvature
+                    found.modules[module] = before
                     continue
-                found.modules[module] = before  # one weight in two places: one curvature
+                reason = f"shares its weight, but not its {differs}, with {{}}"
+                found.refuse(name, module, reason.format(before))
+                if differs == "scale":  # the gradients of one rule are not those of the other
+                    found.refuse(before, theirs.module, reason.format(name))
+                    found.drop(before)
+                    del owners[id(weight)]
                 continue
-            # a tied head comes after its embeddings, and weighs more
-            del found.layers[before]
-            found.modules = {m: owner for m, owner in found.modules.items() if owner != before}
+            if isinstance(mine, EmbeddingLayer):  # a tied head weighs more
+                continue
+            found.drop(before)
         owners[id(weight)] = name
         found.layers[name], found.modules[module] = curvature, name
     if not found.layers:
@@ -84,19 +97,35 @@ def cover(
 def _curvature(
     name: str, module: nn.Module, chosen: Chosen, make: Callable[[Layer], LayerCurvature | str]
 ) -> LayerCurvature | str | None:
+    if any(map(is_lazy, module.parameters(recurse=False))):
+        if not _wanted(name, module, chosen):
+            return _LEFT_OUT
+        raise ValueError(
+            f"model has a {type(module).__name__} as {name or 'itself'}, whose parameters have no "
+            "shapes yet: run the model once first, or leave the layer out with `layers`"
+        )
     layer = layer_of(name, module)
     if not isinstance(layer, Layer):
         return layer
-    if chosen is not None:
-        wanted = name in chosen if isinstance(chosen, list) else chosen(name, module)
-        if not wanted:
-            return "left out by `layers`"
-    return make(layer)
+    return make(layer) if _wanted(name, module, chosen) else _LEFT_OUT
 
 
-def _same(one: Layer, other: Layer) -> bool:
+def _wanted(name: str, module: nn.Module, chosen: Chosen) -> bool:
+    if chosen is None:
+        return True
+    return name in chosen if isinstance(chosen, list) else bool(chosen(name, module))
+
+
+def _difference(one: Layer, other: Layer) -> str | None:
+    """What two layers of one weight do not share."""
     mine, theirs = ({role: id(p) for role, p in layer.parameters.items()} for layer in (one, other))
-    return mine == theirs
+    if mine != theirs:
+        return "bias"
+    scales = [
+        float(layer.scale) if isinstance(layer, ScaledEmbeddingLayer) else 1.0
+        for layer in (one, other)
+    ]
+    return None if scales[0] == scales[1] else "scale"
 
 
 def _listed(reasons: Mapping[str, str]) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fisherkern import checks
-from fisherkern.curvature._average import MovingAverage, checked_decay
+from fisherkern.curvature._average import MovingAverage, checked_count, checked_decay
 from fisherkern.ops.covariance import covariance_update_, mirror_
 
 
@@ -93,7 +93,8 @@ class EMACovariance(MovingAverage):
             weights: float [...] >= 0, instead of a mask.
             scale: factor of the new term, not of the count: N² makes gradients of a mean-reduced
                 loss those of the sum.
-            count: of the tokens, where it is not N = Σ w.
+            count: >= 0, of the tokens, where it is not N = Σ w; a number, or a scalar tensor, whose
+                value is checked on a CPU alone, for a GPU would have to be waited for.
             new_step: False for a further micro-batch of the step before: nothing decays.
 
         Raises:
@@ -103,6 +104,8 @@ class EMACovariance(MovingAverage):
         lead = 1 if self.heads is None else 2
         tokens = checks.activations("x", x, lead).shape[:-lead]
         given = mask if weights is None else weights
+        if count is not None:
+            count = checked_count(count, self._sum.device)
 
         def write(total: Tensor, decay: float | None, factor: float) -> None:
             covariance_update_(

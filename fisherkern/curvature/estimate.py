@@ -16,10 +16,13 @@ from torch.nn import functional
 from fisherkern import checks
 from fisherkern.curvature._models import (
     Arguments,
+    check_classes,
     default_logits,
-    default_mask,
     default_terms,
+    inside,
     is_causal,
+    mask_reader,
+    tell_shape,
 )
 from fisherkern.curvature.capture import Capture
 from fisherkern.curvature.structures import EigenCurvature
@@ -44,15 +47,21 @@ def estimate_fisher(
     parameters and their gradients are left alone. "ekfac" goes over the data twice, for the factors
     and for the moments in their eigenbases.
 
+    The loss is the cross-entropy of a softmax over the last dimension of the logits. The Fisher of
+    "mc" and "type-2" takes no labels, but has its terms where the loss has: where there are labels,
+    not at those of −100; of a causal model not at the last position, which has no next token.
+
     Args:
-        model: whose curvature it is.
+        model: whose curvature it is; layers have the names that they have inside of what compiles
+            it or makes it data-parallel.
         data_loader: batches: mappings of keyword arguments, or pairs (input, labels), or inputs.
             They are moved to the device of the model. For checkpoints and "ekfac" it has to give
             the same batches again.
         mask_of: arguments of the model to the mask of its tokens; None: the ``attention_mask``.
-        logits_of: what the model returns to its logits; None: ``logits``, or the tensor itself.
-        terms_of: (keyword arguments, logits) to the mask of the terms; None: where ``labels`` are
-            not −100, shifted by one for a causal model.
+        logits_of: what the model returns to its logits [B, ..., V]; None: ``logits``, or the
+            tensor itself, also after a loss in a tuple.
+        terms_of: (keyword arguments, logits) to the mask of the terms; None: where labels are not
+            −100, or without them where tokens count, shifted by one for a causal model.
         progress: whether a bar is shown, if tqdm is installed; or a function that is called with
             the number of batches that are done.
         checkpoint: file that the state is saved to and, if it exists, resumed from.
@@ -63,8 +72,9 @@ def estimate_fisher(
         A :class:`Capture` that is detached from the model.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type or value; labels that are missing for
-            "empirical".
+        TypeError, ValueError: an argument of the wrong type or value; an iterator for "ekfac";
+            labels that are missing for "empirical", or do not fit the logits; padding of an encoder
+            and decoder without `mask_of`; logits of one class.
 
     >>> import torch
     >>> from fisherkern.curvature import estimate_fisher
@@ -76,7 +86,12 @@ def estimate_fisher(
     """
     if checks.integer("checkpoint_period", checkpoint_period) < 1:
         raise ValueError(f"checkpoint_period is {checkpoint_period}; allowed are ints >= 1")
-    capture = Capture(model, **{**options, "loss_reduction": "sum"})
+    capture = Capture(inside(model), **{**options, "loss_reduction": "sum"})
+    if capture.structure == "ekfac" and isinstance(data_loader, Iterator):
+        raise ValueError(
+            f"data_loader is a {type(data_loader).__name__}, which ends with its first pass; "
+            '"ekfac" goes over the data twice: pass what can be iterated again, such as a list'
+        )
     reader = _Reader(model, mask_of, logits_of, terms_of)
     saved = None if checkpoint is None else Path(checkpoint)
     passed, done = _resumed(capture, saved)
@@ -103,7 +118,7 @@ class _Reader:
         terms_of: Callable[[Arguments, Tensor], Tensor | None] | None,
     ) -> None:
         self._model, self._causal = model, is_causal(model)
-        self._mask_of, self._logits_of = mask_of or default_mask, logits_of or default_logits
+        self._mask_of, self._logits_of = mask_of or mask_reader(model), logits_of or default_logits
         self._terms_of = terms_of
         self._device = next(model.parameters()).device
 
@@ -113,13 +128,15 @@ class _Reader:
         empirical = capture.fisher_type == "empirical"
         with capture.batch(mask=self._mask_of(args, kwargs), terms=0.0 if empirical else None):
             logits = self._logits_of(self._model(*args, **kwargs))
+            check_classes(logits)
             if self._terms_of is None:
-                terms = default_terms(kwargs, logits, self._causal)
+                terms = default_terms({**kwargs, "labels": labels}, logits, self._causal)
             else:
                 terms = self._terms_of(kwargs, logits)
             if not empirical:
                 capture.add(logits, mask=terms)
                 return
+            tell_shape(capture, logits)
             chosen, targets = self._targets(logits, labels, terms)
             capture.set_terms(len(targets))
             capture.add_loss(functional.cross_entropy(chosen, targets, reduction="sum"))
@@ -133,9 +150,16 @@ class _Reader:
                 'data_loader gives no labels; "empirical" needs pairs (input, labels), or mappings '
                 "with labels"
             )
+        if labels.shape != logits.shape[:-1]:
+            raise ValueError(
+                f"labels has shape {list(labels.shape)}; expected {list(logits.shape[:-1])}, one "
+                f"for each of the logits {list(logits.shape)}"
+            )
         if self._causal:  # the output of a position is for the token that follows
-            labels = labels.roll(-1, dims=-1)
-        counts = labels != IGNORE_INDEX if terms is None else terms
+            labels = functional.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX)
+        counts = labels != IGNORE_INDEX
+        if terms is not None:
+            counts &= terms
         wide = torch.promote_types(logits.dtype, torch.float32)
         return logits[counts].to(wide), labels[counts]
 
@@ -160,7 +184,8 @@ def _moved(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Mapping):
         return {name: _moved(value, device) for name, value in batch.items()}
     if isinstance(batch, (tuple, list)):
-        return type(batch)(_moved(value, device) for value in batch)
+        values = [_moved(value, device) for value in batch]
+        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
     return batch
 
 

@@ -29,6 +29,7 @@ class WideCurvature(LayerCurvature):
     ) -> None:
         super().__init__(layer, kfac_approx, options)
         self.stride = stride
+        layer.by_token = True
         self.A = EMACovariance(layer.d_in, bias=layer.bias, **options)
         self._dtype = options["dtype"]
         self._kept = Kept()

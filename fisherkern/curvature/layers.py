@@ -30,9 +30,12 @@ class Layer(ABC):
     d_out: int
     uses_input_once = True
     """Whether one node of the autograd graph takes the input, not several."""
+    by_token = False
+    """Whether tokens are taken one by one, so that it does not matter which sample they are of."""
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name, self.module = name, module
+        self._heads_first: bool | None = None  # of calls on [B, heads, S], once one of them told
         self.parameters = {
             role: p
             for role, p in module.named_parameters(recurse=False)
@@ -53,10 +56,19 @@ class Layer(ABC):
         """Output gradients [B, S, d_out]."""
 
     def token_mask(self, mask: Tensor | None, lead: torch.Size) -> Tensor | None:
-        """The mask of the batch over the rows [B, S] of an output of leading shape `lead`."""
+        """The mask of the batch over the rows [B, S] of an output of leading shape `lead`.
+
+        Raises:
+            ValueError: the shapes do not match, or match in two ways that differ.
+        """
         if mask is None:
             return None
-        over = over_tokens(mask, lead)
+        if shared_by_samples(lead, mask.shape):  # they count where they do for any sample
+            shared = mask.any(0) if lead.numel() == mask[0].numel() else mask.any().expand(lead)
+            return shared.reshape(samples(lead))
+        over = over_tokens(mask, lead, self._has_heads_first(mask, lead))
+        if over is None and len(mask) == 1 and bool(mask.all()):
+            over = mask.new_ones(lead)  # of the one sample no token is left out, whatever they are
         if over is None:
             raise ValueError(
                 f"mask has shape {list(mask.shape)}, but {self.name} was called on tokens of shape "
@@ -64,16 +76,36 @@ class Layer(ABC):
             )
         return over.reshape(samples(lead))
 
+    def _has_heads_first(self, mask: Tensor, lead: torch.Size) -> bool:
+        """Whether tokens are [B, heads, S], not [B, S, heads]: where both fit, as they were."""
+        if mask.ndim != 2 or len(lead) != 3 or lead[0] != len(mask):
+            return False
+        first, last = (size == mask.shape[1] for size in lead[1:])
+        if not (first or last):
+            return False
+        if not (first and last):
+            self._heads_first = last
+        elif self._heads_first is None and not bool(mask.all()):
+            raise ValueError(
+                f"mask has shape {list(mask.shape)}, but {self.name} was called on tokens of shape "
+                f"{list(lead)}, of which it may be over the first two dimensions or over the first "
+                f"and the last. Pad to another length, or leave the layer out with `layers`"
+            )
+        return bool(self._heads_first)
+
     def used(self, x: Callable[[], Tensor], mask: Tensor | None) -> Tensor | None:
         """Of the tokens that count, [B, S], those that reach the parameters."""
         return mask
 
     def by_sample(self, x: Tensor, batch: torch.Size) -> Tensor:
-        """An input or output whose tokens a model flattened, [B S], as those of a batch [B, S]."""
+        """An input or output with the samples of a batch [B, *positions] first, [B, ..., d].
+
+        Where the model flattened its tokens they are folded again. Tokens of which it cannot be
+        told which sample they are of, such as windows of images, are put together as if they were
+        of one: [1, N, d]. Layers that take them :attr:`by_token` have them as they are.
+        """
         lead = self.lead(x)
-        if len(batch) < 2 or lead == batch[:1] or lead != (batch.numel(),):
-            return x
-        return x.reshape(*batch, *x.shape[1:])
+        return x.reshape((*by_sample(lead, batch, self.by_token), *x.shape[len(lead) :]))
 
     def lead(self, x: Tensor) -> torch.Size:
         """The leading shape of an input or output: that of its tokens."""
@@ -113,7 +145,7 @@ class LinearLayer(Layer):
 
     def __init__(self, name: str, module: nn.Module) -> None:
         super().__init__(name, module)
-        self.transposed = _is_conv1d(module)
+        self.transposed = not isinstance(module, nn.Linear)
         shape = self.parameters["weight"].shape
         self.d_out, self.d_in = shape[::-1] if self.transposed else shape
 
@@ -155,39 +187,57 @@ class ConvolutionLayer(Layer):
         }
 
     def lead(self, x: Tensor) -> torch.Size:
-        """[B, *positions] of an output [B, C, *positions]."""
-        return torch.Size((x.shape[0], *x.shape[2:]))
+        """[B, ..., *positions] of an output [B, ..., C, *positions]."""
+        channels = x.ndim - 1 - len(self.padding)
+        return torch.Size((*x.shape[:channels], *x.shape[channels + 1 :]))
 
     def by_sample(self, x: Tensor, batch: torch.Size) -> Tensor:
-        """[B, C, *spatial], B = 1 of what came without."""
-        return x.unsqueeze(0) if x.ndim == 1 + len(self.padding) else x
+        """[B, ..., C, *spatial], B = 1 of what came without."""
+        if x.ndim == 1 + len(self.padding):
+            return x.unsqueeze(0)
+        return x.reshape(*by_sample(x.shape[:1], batch, self.by_token), *x.shape[1:])
 
     def rows(self, x: Tensor) -> Tensor:
         """[B, S, C Π kernel_size]."""
-        padding = self.padding
-        if x.ndim == 3:  # unfold knows images only
-            x = x.unsqueeze(2)
+        padding, images = self.padding, self._images(x)
+        if len(padding) == 1:  # unfold knows images only
+            images = images.unsqueeze(2)
             sizes = {name: (1, *value) for name, value in self.options.items()}
-            return functional.unfold(x, **sizes, padding=(0, *padding)).mT
-        return functional.unfold(x, **self.options, padding=padding).mT
+            patches = functional.unfold(images, **sizes, padding=(0, *padding)).mT
+        else:
+            patches = functional.unfold(images, **self.options, padding=padding).mT
+        return self._of_samples(patches, x)
+
+    def _images(self, x: Tensor) -> Tensor:
+        """[N, C, *spatial] of [B, ..., C, *spatial]."""
+        return x.flatten(0, x.ndim - 2 - len(self.padding))
+
+    def _of_samples(self, rows: Tensor, x: Tensor) -> Tensor:
+        """Rows [N, S, d] of images as those of samples [B, ..., d]."""
+        each = math.prod(x.shape[1 : -1 - len(self.padding)])
+        return rows.reshape(len(x), each * rows.shape[1], rows.shape[2])
 
     def gradient_rows(self, g: Tensor) -> Tensor:
         """[B, S, C]."""
-        return g.flatten(2).mT
+        return self._of_samples(self._images(g).flatten(2).mT, g)
 
     def add_inputs(self, average: MovingAverage, x: Tensor, mask: Tensor | None) -> None:
         """As for every layer, without the unfolded input where the mask is one of images."""
-        if mask is not None and not bool((mask == mask[:, :1]).all()):
-            super().add_inputs(average, x, mask)
-            return
-        images = None if mask is None else mask[:, 0]
+        inputs = self._images(x)
         positions = math.prod(self._positions(x))
-        count = len(x) * positions if images is None else images.sum().double() * positions
+        images = None
+        if mask is not None:
+            over = mask.reshape(len(inputs), positions)
+            if not bool((over == over[:, :1]).all()):
+                super().add_inputs(average, x, mask)
+                return
+            images = over[:, 0]
+        count = len(inputs) * positions if images is None else images.sum().double() * positions
 
         def write(total: Tensor, decay: float | None, scale: float) -> None:
             convolution_covariance_update_(
                 total,
-                x,
+                inputs,
                 **self.options,
                 padding=self.padding,
                 bias=self.bias,
@@ -201,7 +251,9 @@ class ConvolutionLayer(Layer):
         average.add(write, lambda: count)
 
     def _positions(self, x: Tensor) -> list[int]:
-        sizes = zip(x.shape[2:], *self.options.values(), self.padding, strict=True)
+        sizes = zip(
+            x.shape[-len(self.padding) :], *self.options.values(), self.padding, strict=True
+        )
         return [(n + 2 * pad - d * (k - 1) - 1) // s + 1 for n, k, s, d, pad in sizes]
 
 
@@ -261,6 +313,20 @@ class EmbeddingLayer(Layer):
         average.add(write, lambda: indices.numel() if mask is None else mask.sum().double())
 
 
+class ScaledEmbeddingLayer(EmbeddingLayer):
+    """The word embeddings of transformers that return `embed_scale` times a row of the weight."""
+
+    @property
+    def scale(self) -> float | Tensor:
+        """A number, or a scalar in the dtype of the weight."""
+        scale: Any = self.module.embed_scale
+        return scale.to(self.parameters["weight"].dtype) if isinstance(scale, Tensor) else scale
+
+    def gradient_rows(self, g: Tensor) -> Tensor:
+        """[B, S, d] of the rows of the weight."""
+        return super().gradient_rows(g) * self.scale
+
+
 class NormLayer(Layer):
     """LayerNorm and RMSNorm: few parameters, of which the gradient per token is explicit.
 
@@ -274,8 +340,8 @@ class NormLayer(Layer):
         self.d_in = 1
         parameter = next(iter(self.parameters.values()))
         self.shape = tuple(parameter.shape)
-        eps: Any = getattr(module, "eps", getattr(module, "variance_epsilon", None))
-        self.eps = torch.finfo(parameter.dtype).eps if eps is None else float(eps)
+        # None: torch's own, that of the type it computes in, float32 of narrower ones
+        self.eps: Any = getattr(module, "eps", getattr(module, "variance_epsilon", None))
         self.centred = isinstance(module, nn.LayerNorm)
         self.uses_input_once = self.centred
 
@@ -345,12 +411,27 @@ def samples(lead: torch.Size) -> tuple[int, int]:
     return lead[0], lead[1:].numel()
 
 
-def over_tokens(mask: Tensor, lead: torch.Size) -> Tensor | None:
+def by_sample(lead: torch.Size, batch: torch.Size, by_token: bool) -> tuple[int, ...]:
+    """The leading shape of tokens `lead` with the samples of a batch [B, *positions] first."""
+    if not batch or lead[:1] == batch[:1] or not lead.numel() or _flat(lead, batch):
+        return lead
+    if len(batch) > 1:  # the model flattened its tokens
+        for flat in ((batch.numel(),), (1, batch.numel())):
+            if lead[: len(flat)] == flat:
+                return (*batch, *lead[len(flat) :])
+    if batch[0] == 1:
+        return (1, *lead)
+    return lead if by_token else (1, lead.numel())
+
+
+def over_tokens(mask: Tensor, lead: torch.Size, heads_first: bool = False) -> Tensor | None:
     """The mask of a batch, [B] or [B, *positions], over tokens of another leading shape.
 
-    After pooling there is one token per sample, which counts where any of its tokens does; so it is
-    with what all samples share, such as embeddings of positions. None: the shapes do not match.
+    After pooling there is one token per sample, which counts where any of its tokens does. None:
+    the shapes do not match.
     """
+    if heads_first:  # [B, heads, S]
+        return mask.unsqueeze(1).expand(lead)
     if mask.shape == lead[: mask.ndim]:
         return mask.reshape(*mask.shape, *(1,) * (len(lead) - mask.ndim)).expand(lead)
     if lead[:1] == mask.shape[:1]:
@@ -358,23 +439,25 @@ def over_tokens(mask: Tensor, lead: torch.Size) -> Tensor | None:
             return mask.flatten(1).any(1).reshape(lead)
         if lead.numel() == mask.numel():  # images as sequences
             return mask.reshape(lead)
-        if lead[2:] == mask.shape[1:]:  # [B, heads, S]
-            return mask.unsqueeze(1).expand(lead)
-    if shared_by_samples(lead, mask.shape):
-        return (mask.any(0) if lead.numel() == mask[0].numel() else mask.any()).expand(lead)
     return None
 
 
 def shared_by_samples(lead: torch.Size, batch: torch.Size) -> bool:
-    """Whether tokens `lead` are those of all samples of a batch [B, *positions] at once."""
-    if not batch or batch[0] < 2 or lead[:1] == batch[:1] or lead.numel() == batch.numel():
+    """Whether tokens `lead` are those of all samples of a batch [B, *positions] at once.
+
+    They do not begin with B and are not so many that each sample could have its own, or are
+    [1, ...] or [*positions]. So are those that :func:`by_sample` put together.
+    """
+    if not batch or batch[0] < 2 or lead[:1] == batch[:1] or not lead.numel():
         return False
-    return lead == batch[1:] or lead[:1].numel() == 1
+    if _flat(lead, batch):
+        return False
+    return lead == batch[1:] or lead[:1].numel() == 1 or lead.numel() % batch[0] != 0
 
 
-def _is_conv1d(module: nn.Module) -> bool:
-    # transformers need not be installed to tell its class by what it has
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+def _flat(lead: torch.Size, batch: torch.Size) -> bool:
+    """Whether a batch [N] is that of flattened logits, and tokens [B, S, ...] with N = B S."""
+    return len(batch) == 1 and any(lead[:k].numel() == batch[0] for k in range(2, len(lead) + 1))
 
 
 def _padding(module: nn.Conv1d | nn.Conv2d) -> tuple[int, ...]:
@@ -385,52 +468,3 @@ def _padding(module: nn.Conv1d | nn.Conv2d) -> tuple[int, ...]:
         return (0,) * len(module.kernel_size)
     sizes = zip(module.kernel_size, module.dilation, strict=True)
     return tuple(d * (k - 1) // 2 for k, d in sizes)
-
-
-def _refused_convolution(module: nn.Conv1d | nn.Conv2d) -> str | None:
-    if module.groups != 1:
-        return f"a convolution of {module.groups} groups"
-    if module.padding_mode != "zeros":
-        return f"a convolution with padding_mode {module.padding_mode!r}"
-    spans = [d * (k - 1) for k, d in zip(module.kernel_size, module.dilation, strict=True)]
-    if module.padding == "same" and any(span % 2 for span in spans):
-        return "a convolution with padding 'same' that is not symmetric"
-    return None
-
-
-def _is_rms_norm(module: nn.Module) -> bool:
-    if isinstance(module, nn.RMSNorm):
-        return True
-    weight = getattr(module, "weight", None)
-    return (
-        type(module).__name__.endswith("RMSNorm")
-        and isinstance(weight, nn.Parameter)
-        and weight.ndim == 1
-        and (hasattr(module, "eps") or hasattr(module, "variance_epsilon"))
-    )
-
-
-def layer_of(name: str, module: nn.Module) -> Layer | str | None:
-    """The layer that a module is, why it is none, or None where it has no parameters of its own."""
-    own = dict(module.named_parameters(recurse=False))
-    if not own:
-        return None
-    if not any(p.requires_grad for p in own.values()):
-        return "frozen"
-    is_norm = isinstance(module, nn.LayerNorm) or _is_rms_norm(module)
-    is_linear = isinstance(module, nn.Linear) or _is_conv1d(module)
-    if not (is_norm or is_linear or isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Embedding))):
-        return f"no rule for modules of type {type(module).__name__}"
-    if not is_norm and not ("weight" in own and own["weight"].requires_grad):
-        return "its weight is frozen or computed from other parameters"
-    if is_linear:
-        return LinearLayer(name, module)
-    if isinstance(module, (nn.Conv1d, nn.Conv2d)):
-        return _refused_convolution(module) or ConvolutionLayer(name, module)
-    if isinstance(module, nn.Embedding):
-        if module.max_norm is not None or module.scale_grad_by_freq:
-            return "an embedding with max_norm or scale_grad_by_freq"
-        return EmbeddingLayer(name, module)
-    if "weight" not in own:
-        return "a norm without weight"
-    return NormLayer(name, module)

@@ -15,7 +15,14 @@ from torch import Tensor
 
 from fisherkern.curvature._average import MovingAverage
 from fisherkern.curvature.ema import EMACovariance
-from fisherkern.curvature.layers import DiagonalAverage, EmbeddingLayer, Layer, NormLayer
+from fisherkern.curvature.layers import (
+    ConvolutionLayer,
+    DiagonalAverage,
+    EmbeddingLayer,
+    Layer,
+    LinearLayer,
+    NormLayer,
+)
 from fisherkern.operators import DiagonalPlusLowRank, Kronecker
 from fisherkern.ops.covariance import squared_gradient_update_
 
@@ -131,6 +138,7 @@ class KroneckerCurvature(LayerCurvature):
         super().__init__(layer, kfac_approx, options)
         # the mean of one-hot rows is not one-hot, and their factor would be dense in V
         self.reduce = kfac_approx == "reduce" and not isinstance(layer, EmbeddingLayer)
+        layer.by_token = not self.reduce and isinstance(layer, (LinearLayer, ConvolutionLayer))
         self.A = layer.input_average(**options)
         self.G = EMACovariance(layer.d_out, **options)
 
@@ -195,6 +203,7 @@ class EigenCurvature(KroneckerCurvature):
 
     def __init__(self, layer: Layer, kfac_approx: str, options: dict[str, Any]) -> None:
         super().__init__(layer, kfac_approx, options)
+        layer.by_token = False  # Λ is of samples
         self.bases: tuple[Tensor, Tensor] | None = None
         width = layer.d_in + layer.bias
         self.moments = DiagonalAverage((layer.d_out, width), **options)

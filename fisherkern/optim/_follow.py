@@ -6,8 +6,9 @@ it returns, so that a training loop, or transformers' Trainer, needs no change.
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -15,12 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from fisherkern.curvature import Capture
+from fisherkern.curvature._hooks import Hook, removed_with
 from fisherkern.curvature._models import (
     Arguments,
+    check_classes,
     default_logits,
-    default_mask,
     default_terms,
     is_causal,
+    mask_reader,
+    named,
+    tell_shape,
 )
 
 
@@ -33,7 +38,8 @@ class Follower:
         mask_of: gives the mask of the batch, from positional and keyword arguments.
         logits_of: gives the logits [B, ..., V], from what the model returns.
         terms_of: gives the mask of the terms of the loss, from keyword arguments and logits.
-        loss_scale: of "empirical" captures: what the loss was multiplied by.
+        loss_scale: of "empirical" captures: what the loss was multiplied by, where the model does
+            not return it.
     """
 
     def __init__(
@@ -46,35 +52,31 @@ class Follower:
         loss_scale: Callable[[], float],
     ) -> None:
         self._capture = capture
-        self._model = weakref.ref(model)  # a copy of the model takes the hooks along
-        self._mask_of = mask_of or default_mask
+        self._mask_of = mask_of or mask_reader(model)
         self._logits_of = logits_of or default_logits
-        self._terms_of = terms_of or self._default_terms
+        self._causal = causal = is_causal(model)
+        self._terms_of = terms_of or (lambda kwargs, z: default_terms(kwargs, z, causal))
         self._loss_scale = loss_scale
-        self._causal = is_causal(model)
         self.due = True
         self._new_step = True
         self._open: AbstractContextManager[Any] | None = None
+        self._share = 1.0  # of the batch that is open
         self._follows = False  # the call of the model that is going on
 
-        def before(*call: Any) -> None:
-            self._before(*call)
-
-        def after(*call: Any) -> None:
-            self._after(*call)
-
-        # functions, for a copy of the model copies bound methods, and with them all factors
-        self._handles = [
-            # a model that is itself a layer: the batch opens before its tap, and closes after it
-            model.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
-            model.register_forward_hook(after, with_kwargs=True),
-        ]
+        before, after = Hook(model, self._before), Hook(model, self._after)
+        self._take_off = removed_with(
+            self,
+            [
+                # a model that is itself a layer: the batch opens before its tap, closes after it
+                model.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
+                model.register_forward_hook(after, with_kwargs=True),
+            ],
+        )
 
     def remove(self) -> None:
         """Take the hooks off."""
         self.close()
-        for handle in self._handles:
-            handle.remove()
+        self._take_off()
 
     def end_step(self) -> None:
         """The gradients of a step are complete: what comes next is a new step."""
@@ -88,8 +90,6 @@ class Follower:
             opened.__exit__(type(error) if error else None, error, None)
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if model is not self._model():
-            return
         self._follows = False
         if not torch.is_grad_enabled():
             return  # the backward pass of the batch that is open may be still to come
@@ -98,8 +98,8 @@ class Follower:
             return
         options: dict[str, Any] = {}
         if self._capture.fisher_type == "empirical":  # how many terms, the logits will tell
-            scale = self._loss_scale() * _share(kwargs, self._causal)
-            options = {"terms": 0.0, "loss_scale": scale}
+            self._share = _share(named(model, args, kwargs), self._causal)
+            options = {"terms": 0.0, "loss_scale": self._loss_scale() * self._share}
         mask = self._mask_of(args, kwargs)
         opened = self._capture.batch(mask=mask, new_step=self._new_step, **options)
         opened.__enter__()
@@ -108,11 +108,13 @@ class Follower:
     def _after(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        if model is not self._model() or not self._follows:
+        if not self._follows:
             return
         self._follows = False
         try:
-            self._add(self._logits_of(output), kwargs)
+            self._add(self._logits_of(output), named(model, args, kwargs))
+            if self._capture.fisher_type == "empirical":
+                self._weigh(output)
         except BaseException as error:
             self.close(error)
             raise
@@ -127,12 +129,41 @@ class Follower:
         if self._capture.fisher_type == "empirical":
             count = logits.shape[:-1].numel() if terms is None else float(terms.sum())
             self._capture.set_terms(count)
+            tell_shape(self._capture, logits)
             return
+        check_classes(logits)
         with torch.autocast(logits.device.type, enabled=False):
             self._capture.add(logits, mask=terms)
 
-    def _default_terms(self, kwargs: Arguments, logits: Tensor) -> Tensor | None:
-        return default_terms(kwargs, logits, self._causal)
+    def _weigh(self, output: Any) -> None:
+        """Learn what the loss that the model returns is multiplied by, from its own gradient.
+
+        It comes before any other of the backward pass, and knows what is not to be seen from here:
+        Trainer multiplies by the number of ranks where they share `num_items_in_batch`.
+        """
+        loss = _loss_of(output)
+        if loss is None or self._open is None:
+            return
+        held, opened = weakref.ref(self), weakref.ref(self._open)
+
+        def hook(gradient: Tensor) -> None:
+            follower, factor = held(), abs(float(gradient))
+            if follower is None or follower._open is not opened():
+                return
+            if 0 < factor < math.inf:  # the layers see for themselves what is not finite
+                follower._capture.set_loss_scale(factor * follower._share)
+
+        loss.register_hook(hook)
+
+
+def _loss_of(output: Any) -> Tensor | None:
+    """The loss of what transformers' models return, if it is there and can be differentiated."""
+    if isinstance(output, (tuple, list)):
+        loss = output[0] if output else None
+    else:
+        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    found = isinstance(loss, Tensor) and loss.ndim == 0 and loss.requires_grad
+    return loss if found else None
 
 
 def _share(kwargs: Arguments, causal: bool) -> float:

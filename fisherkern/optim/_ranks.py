@@ -35,9 +35,17 @@ class Ranks:
 
     Args:
         group: a process group; None: the default one, if there is one.
+
+    Raises:
+        TypeError: the group is something else.
     """
 
     def __init__(self, group: Any = None) -> None:
+        if not (group is None or (dist.is_available() and isinstance(group, dist.ProcessGroup))):
+            raise TypeError(
+                "group must be a torch.distributed.ProcessGroup or None, not "
+                f"{type(group).__name__}"
+            )
         self.group = group
         on = dist.is_available() and dist.is_initialized()
         self.size = dist.get_world_size(group) if on else 1

@@ -14,7 +14,7 @@ from torch.optim.adamw import adamw
 
 from fisherkern import checks
 from fisherkern.curvature._finite import all_finite
-from fisherkern.optim.preconditioner import KFACPreconditioner, dense, unwrapped
+from fisherkern.optim.preconditioner import KFACPreconditioner, dense
 
 # Levenberg–Marquardt: how the damping changes with the reduction ratio, per step.
 _RATIO_LOW, _RATIO_HIGH, _CHANGE = 0.25, 0.75, 19 / 20
@@ -25,11 +25,18 @@ class KFAC(Optimizer):
 
     Groups of parameters, schedulers and GradScaler work as with every optimizer. Weight decay is
     decoupled: p ← p (1 − lr · weight_decay) before the step. A step with a gradient of NaN or
-    infinity anywhere is left out, with a warning said once, and changes no state.
+    infinity anywhere is left out, with a warning said once: no parameter, momentum or inverse
+    changes, while the curvature that was captured on the way counts as that of a step of its own.
+    Where :meth:`step` is not called, as GradScaler has it, it counts with the step that follows.
+
+    It follows its model by hooks, until it is gone or ``detach()`` is called. Of a copy it would
+    not know the model: it can be neither copied nor pickled, but for its :meth:`state_dict`.
 
     Args:
         model: to train, see :class:`KFACPreconditioner`.
-        params: parameters of the model, or groups of them; None: all that require grad.
+        params: parameters of the model, or groups of them, whose keys are `lr`, `momentum`,
+            `weight_decay`, `adam_lr`, `adam_betas` and `adam_eps`; None: all that require grad. A
+            layer of which some parameters are in no group is stepped by AdamW.
         lr: of the natural gradient. For `kl_clip` the one given here counts, or what a schedule
             makes of it where that is larger: a schedule scales steps that are clipped too.
         momentum: μ in [0, 1) of the natural gradient; the new one has weight 1.
@@ -73,30 +80,20 @@ class KFAC(Optimizer):
         damping_period: int | None = None,
         **options: Any,
     ) -> None:
-        checks.number("lr", lr, 0.0, math.inf)
-        checks.number("adam_lr", adam_lr, 0.0, math.inf)
-        checks.number("weight_decay", weight_decay, 0.0, math.inf)
-        if not (isinstance(adam_betas, (tuple, list)) and len(adam_betas) == 2):
-            raise ValueError(f"adam_betas is {adam_betas!r}; expected two numbers in [0, 1)")
-        first, second = adam_betas
-        averages = {"momentum": momentum, "adam_betas[0]": first, "adam_betas[1]": second}
-        for name, value in averages.items():
-            if checks.number(name, value, 0.0, 1.0) == 1:
-                raise ValueError(f"{name} is 1; allowed are numbers in [0, 1)")
-        checks.positive("adam_eps", adam_eps)
-        if damping_period is not None and checks.integer("damping_period", damping_period) < 1:
-            raise ValueError(f"damping_period is {damping_period}; allowed are ints >= 1, or None")
-        self.preconditioner = KFACPreconditioner(model, **options)
         defaults = {
             "lr": lr,
             "momentum": momentum,
             "weight_decay": weight_decay,
             "adam_lr": adam_lr,
-            "betas": (first, second),
-            "eps": adam_eps,
+            "adam_betas": adam_betas,
+            "adam_eps": adam_eps,
         }
+        _check(defaults)
+        if damping_period is not None and checks.integer("damping_period", damping_period) < 1:
+            raise ValueError(f"damping_period is {damping_period}; allowed are ints >= 1, or None")
+        self.preconditioner = KFACPreconditioner(model, **options)
         try:
-            super().__init__(_groups(model, params), defaults)
+            super().__init__(self._given(params), defaults)
         except Exception:
             self.preconditioner.detach()
             raise
@@ -105,14 +102,58 @@ class KFAC(Optimizer):
         self._predicted: float | None = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As of every optimizer; its `lr` is the one that a scheduler scales `adam_lr` from."""
-        super().add_param_group(param_group)
+        """As of every optimizer; its `lr` is the one that a scheduler scales `adam_lr` from.
+
+        Raises:
+            TypeError, ValueError: a value that the constructor would refuse, or parameters that are
+                not the model's.
+        """
+        if not (isinstance(param_group, dict) and "params" in param_group):
+            raise TypeError(f"params holds {param_group!r}; expected groups with an entry 'params'")
+        members = param_group["params"]
+        members = [members] if isinstance(members, Tensor) else list(members)
+        own = {id(p) for p in self.preconditioner.model.parameters()}
+        for p in members:
+            if not isinstance(p, Tensor):
+                raise TypeError(
+                    f"params holds a {type(p).__name__}; expected parameters of the model, or "
+                    "groups of them"
+                )
+            if id(p) not in own:
+                raise ValueError(
+                    f"params holds a tensor of shape {list(p.shape)}, which is no parameter of the "
+                    "model"
+                )
+        _check({**self.defaults, **param_group})
+        super().add_param_group({**param_group, "params": members})
         added = self.param_groups[-1]
         added.setdefault("base_lr", added["lr"])
 
+    def _given(self, params: Iterable[Any] | None) -> list[Any]:
+        if params is None:  # of groups that are given a frozen parameter may be thawed later
+            return [p for p in self.preconditioner.model.parameters() if p.requires_grad]
+        given = list(params)
+        if not given:
+            raise ValueError("params is empty; expected parameters of the model, or groups of them")
+        return given
+
     def fallback(self) -> dict[str, str]:
-        """Names of the parameters that AdamW steps, and why they have no factor."""
-        return self.preconditioner.uncovered()
+        """Names of the parameters in groups that AdamW steps, and why they have no factor."""
+        return self.preconditioner.uncovered(self._parameters())
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [p for g in self.param_groups for p in g["params"]]
+
+    def detach(self) -> None:
+        """Take the hooks off the model: nothing is captured from now on."""
+        self.preconditioner.detach()
+
+    def __getstate__(self) -> Any:
+        """Refused, for a copy would be without a model to follow."""
+        raise TypeError(
+            "KFAC follows its model and can be neither copied nor pickled: save its state_dict(), "
+            "and load that into one that is made of the copy of the model"
+        )
 
     @property
     def damping(self) -> float:
@@ -141,6 +182,7 @@ class KFAC(Optimizer):
             return loss
         if not all_finite(gradients):
             self.preconditioner.skip()
+            self._predicted = None
             if not self._warned:
                 self._warned = True
                 warnings.warn(
@@ -158,7 +200,7 @@ class KFAC(Optimizer):
             for g in self.param_groups
             for p in g["params"]
         }
-        natural = self.preconditioner.step(lambda p: rates.get(id(p), 0.0))
+        natural = self.preconditioner.step(lambda p: rates[id(p)], self._parameters())
         for group in self.param_groups:
             mine = [p for p in group["params"] if p.grad is not None]
             if group["weight_decay"]:
@@ -171,7 +213,7 @@ class KFAC(Optimizer):
 
     def _stepped(self) -> list[nn.Parameter]:
         """The parameters that have a gradient."""
-        return [p for g in self.param_groups for p in g["params"] if p.grad is not None]
+        return [p for p in self._parameters() if p.grad is not None]
 
     def _natural_step(self, params: list[Tensor], group: dict[str, Any]) -> None:
         if not params:
@@ -195,7 +237,7 @@ class KFAC(Optimizer):
                     exp_avg_sq=torch.zeros_like(p),
                 )
         states = [self.state[p] for p in params]
-        beta1, beta2 = group["betas"]
+        beta1, beta2 = group["adam_betas"]
         adamw(
             list(params),
             [p.grad for p in params if p.grad is not None],
@@ -208,7 +250,7 @@ class KFAC(Optimizer):
             beta2=beta2,
             lr=_rate(group, False),
             weight_decay=0.0,  # of every parameter alike, before the step
-            eps=group["eps"],
+            eps=group["adam_eps"],
             maximize=False,
         )
 
@@ -287,28 +329,16 @@ def _rate(group: dict[str, Any], natural: bool) -> float:
     return float(group["adam_lr"] * group["lr"] / base) if base else 0.0
 
 
-def _groups(model: nn.Module, params: Iterable[Any] | None) -> list[dict[str, Any]]:
-    """Groups as they were given; all of them of parameters of the model."""
-    own = {id(p) for p in unwrapped(model).parameters()}
-    given: list[Any] = list(model.parameters() if params is None else params)
-    if not given:
-        raise ValueError("params is empty; expected parameters of the model, or groups of them")
-    groups: list[dict[str, Any]] = []
-    for group in given if isinstance(given[0], dict) else [{"params": given}]:
-        if not (isinstance(group, dict) and "params" in group):
-            raise TypeError(f"params holds {group!r}; expected groups with an entry 'params'")
-        members = group["params"]
-        members = [members] if isinstance(members, Tensor) else list(members)
-        for p in members:
-            if not isinstance(p, Tensor):
-                raise TypeError(
-                    f"params holds a {type(p).__name__}; expected parameters of the model, or "
-                    "groups of them"
-                )
-            if id(p) not in own:
-                raise ValueError(
-                    f"params holds a tensor of shape {list(p.shape)}, which is no parameter of the "
-                    "model"
-                )
-        groups.append({**group, "params": [p for p in members if p.requires_grad]})
-    return groups
+def _check(group: dict[str, Any]) -> None:
+    """Raise TypeError or ValueError where a value of a group is not allowed."""
+    for name in ("lr", "adam_lr", "weight_decay"):
+        checks.number(name, group[name], 0.0, math.inf)
+    betas = group["adam_betas"]
+    if not (isinstance(betas, (tuple, list)) and len(betas) == 2):
+        raise ValueError(f"adam_betas is {betas!r}; expected two numbers in [0, 1)")
+    first, second = betas
+    averages = {"momentum": group["momentum"], "adam_betas[0]": first, "adam_betas[1]": second}
+    for name, value in averages.items():
+        if checks.number(name, value, 0.0, 1.0) == 1:
+            raise ValueError(f"{name} is 1; allowed are numbers in [0, 1)")
+    checks.positive("adam_eps", group["adam_eps"])

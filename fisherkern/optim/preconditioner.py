@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fisherkern import checks
 from fisherkern.curvature import Capture, EigenCurvature, LayerCurvature
 from fisherkern.curvature._finite import all_finite
-from fisherkern.curvature._models import Arguments
+from fisherkern.curvature._models import Arguments, inside
 from fisherkern.optim._follow import Follower
 from fisherkern.optim._inverse import INVERSES
 from fisherkern.optim._layers import (
@@ -27,6 +27,11 @@ from fisherkern.optim._layers import (
     solver,
 )
 from fisherkern.optim._ranks import Ranks
+
+_NOTHING = (
+    "nothing was captured. What is followed are calls of the model itself, not of its parts, in "
+    "training mode and with gradients enabled; code that was compiled before has no hooks"
+)
 
 
 class KFACPreconditioner:
@@ -60,8 +65,8 @@ class KFACPreconditioner:
         terms_of: (kwargs, logits) to the bool mask of the terms of the loss; None: where
             ``labels`` are not −100, shifted by one for a causal model.
         loss_scale: of "empirical": gives what the loss is multiplied by, such as
-            ``scaler.get_scale``, beside what transformers' models do themselves where they are told
-            ``num_items_in_batch``.
+            ``scaler.get_scale``. Of a loss that the model itself returns, as transformers' do, it
+            is known, whatever this says.
         group: process group of data parallelism; None: the default one, if there is one.
         options: of :class:`fisherkern.curvature.Capture`.
 
@@ -113,14 +118,24 @@ class KFACPreconditioner:
         for name, period in periods.items():
             if checks.integer(name, period) < 1:
                 raise ValueError(f"{name} is {period}; allowed are ints >= 1")
+        given = {"mask_of": mask_of, "logits_of": logits_of, "terms_of": terms_of}
+        for name, function in given.items():
+            if not (function is None or callable(function)):
+                raise TypeError(f"{name} must be a function or None, not {type(function).__name__}")
+        if not callable(loss_scale):
+            raise TypeError(
+                "loss_scale must be a function that gives a number, not "
+                f"{type(loss_scale).__name__}"
+            )
         self.factor_update_period = factor_update_period
         self.inverse_update_period = inverse_update_period
-        inner = unwrapped(model)
+        self._ranks = Ranks(group)
+        self.model = inner = unwrapped(model)
         self.capture = Capture(inner, fisher_type=fisher_type, ema_decay=ema_decay, **options)
         self.steps = 0
         self._solvers: dict[str, Solver] = {}
         self._warned: set[str] = set()
-        self._ranks = Ranks(group)
+        self._told = False  # that nothing was captured
         self._owners = self._ranks.owners(self.capture.layers)
         self.capture.number_samples(rank=self._ranks.rank, ranks=self._ranks.size)
         self.capture.attach()
@@ -133,14 +148,21 @@ class KFACPreconditioner:
 
     # ---- steps ----------------------------------------------------------------------------------
 
-    def step(self, lr: float | Callable[[nn.Parameter], float] = 1.0) -> set[int]:
+    def step(
+        self,
+        lr: float | Callable[[nn.Parameter], float] = 1.0,
+        params: Iterable[nn.Parameter] | None = None,
+    ) -> set[int]:
         """Replace the gradients of the covered layers, where they all are finite.
 
         A layer of whose curvature there is nothing yet keeps its gradient. One whose inverse cannot
-        be made keeps the last one, with a warning that names it, said once.
+        be made keeps the last one, with a warning that names it, said once; another one tells where
+        no curvature was captured at all.
 
         Args:
             lr: of each parameter, for `kl_clip`.
+            params: that a step is to be taken along; None: all. A layer that they hold a part of
+                keeps its gradient: the natural one is of steps of all its parameters together.
 
         Returns:
             The id() of every parameter whose gradient was replaced.
@@ -150,9 +172,17 @@ class KFACPreconditioner:
             self.refresh()
         elif self._follower.due:
             self._reestimate()
-        replaced = self._replace(lr if callable(lr) else lambda _: lr)
+        owned = None if params is None else {id(p) for p in params}
+        replaced = self._replace(lr if callable(lr) else lambda _: lr, owned)
         self.steps += 1
         self._follower.due = _due(self.steps, self.factor_update_period)
+        if not self.capture.called and not self._told:
+            self._told = True
+            warnings.warn(
+                f"no gradient was made natural: {_NOTHING} (said once)",
+                RuntimeWarning,
+                stacklevel=3,
+            )
         return replaced
 
     def refresh(self) -> None:
@@ -191,11 +221,13 @@ class KFACPreconditioner:
         warnings.warn(f"{name}: {error}; {kept} (said once)", RuntimeWarning, stacklevel=4)
 
     @torch.no_grad()
-    def _replace(self, lr: Callable[[nn.Parameter], float]) -> set[int]:
+    def _replace(self, lr: Callable[[nn.Parameter], float], owned: set[int] | None) -> set[int]:
         natural: list[tuple[nn.Parameter, Tensor]] = []
         sizes: list[Tensor] = []
         for name, made in self._solvers.items():
             curvature = self.capture.layers[name]
+            if owned is not None and not _whole(curvature, owned):
+                continue
             given = _gradients(curvature)
             if given is None:
                 continue
@@ -253,9 +285,31 @@ class KFACPreconditioner:
 
     # ---- what is known --------------------------------------------------------------------------
 
-    def uncovered(self) -> dict[str, str]:
-        """Names of parameters whose gradients stay as they are, and why."""
-        return self.capture.uncovered()
+    def uncovered(self, params: Iterable[nn.Parameter] | None = None) -> dict[str, str]:
+        """Names of parameters whose gradients stay as they are, and why.
+
+        Args:
+            params: as of :meth:`step`; what is not among them is left out.
+        """
+        left = self.capture.uncovered()
+        owned = {id(p) for p in (self.model.parameters() if params is None else params)}
+        parts = {
+            id(p)
+            for curvature in self.capture.layers.values()
+            for p in curvature.layer.parameters.values()
+            if not _whole(curvature, owned)
+        }
+        nothing = self.steps > 0 and not self.capture.called
+        for name, p in self.model.named_parameters():
+            if id(p) in parts:
+                left.setdefault(name, "other parameters of its layer are in no group")
+            elif nothing:
+                left.setdefault(name, _NOTHING)
+        return {
+            name: left[name]
+            for name, p in self.model.named_parameters()
+            if name in left and id(p) in owned
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Curvature, inverses and the number of steps, for torch.save; copies."""
@@ -295,6 +349,11 @@ class KFACPreconditioner:
         self.capture.check_state(state["capture"])
 
 
+def _whole(curvature: LayerCurvature, owned: set[int]) -> bool:
+    """Whether all parameters of a layer are among these."""
+    return all(id(p) in owned for p in curvature.layer.parameters.values())
+
+
 def _due(step: int, period: int) -> bool:
     """Every `period` steps, and at first at powers of two: averages of few steps change fast."""
     return step % period == 0 or (step < period and step & (step - 1) == 0)
@@ -324,11 +383,10 @@ def dense(gradient: Tensor | None) -> Tensor:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside a data-parallel wrapper, whose parameters must be whole."""
+    """The module inside what compiles it or makes it data-parallel, its parameters whole."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-    wrapped = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-    inner = model.module if isinstance(model, wrapped) else model
+    inner = inside(model)
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in inner.modules()):
         raise TypeError(
             "model has a FullyShardedDataParallel inside: gradients that are sharded over ranks "

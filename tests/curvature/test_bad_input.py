@@ -117,13 +117,14 @@ def test_a_block_that_is_too_large() -> None:
         (TypeError, "mask must be a torch.Tensor, not list", {"mask": [True]}),
         (ValueError, 'terms is None; "empirical" needs the number of terms of the loss, or a mask',
          {}),
-        (ValueError, "terms is -1; allowed are numbers in [0.0, inf]", {"terms": -1}),
-        (ValueError, "terms is nan; allowed are numbers in [0.0, inf]", {"terms": float("nan")}),
-        (ValueError, "terms is inf; allowed are numbers in [0.0, inf]",
+        (ValueError, "terms is -1; allowed are numbers >= 0.0", {"terms": -1}),
+        (ValueError, "terms is nan; allowed are numbers >= 0.0", {"terms": float("nan")}),
+        (ValueError, "terms is inf; allowed are numbers >= 0.0",
          {"terms": torch.tensor(torch.inf)}),
         (ValueError, "terms has shape [2]; expected a scalar", {"terms": torch.ones(2)}),
         (TypeError, "terms has type str; expected a number", {"terms": "ten"}),
-        (ValueError, "loss_scale is 0; allowed are numbers > 0", {"terms": 1, "loss_scale": 0}),
+        (ValueError, "loss_scale is 0; allowed are finite numbers > 0",
+         {"terms": 1, "loss_scale": 0}),
         (TypeError, "loss_scale has type Tensor; expected a number",
          {"terms": 1, "loss_scale": torch.ones(())}),
     ],
@@ -223,7 +224,7 @@ def test_a_loss_that_cannot_be_added() -> None:
 # ---- masks --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(3,), (2, 4), (5, 2), (10,), (2, 5, 3)])
+@pytest.mark.parametrize("shape", [(2, 4), (5, 2), (10,), (2, 5, 3)])
 def test_a_mask_that_does_not_fit_is_refused_in_the_forward_pass(shape: tuple[int, ...]) -> None:
     model = made()
     fisher = Capture(model, fisher_type="type-2").attach()

@@ -17,7 +17,8 @@ from fisherkern.curvature import (
     EigenCurvature,
     KroneckerCurvature,
 )
-from fisherkern.curvature.layers import layer_of
+from fisherkern.curvature.layers import NormLayer
+from fisherkern.curvature.recognition import layer_of
 
 
 class Transposed(nn.Module):
@@ -251,3 +252,15 @@ def test_matrix_and_split_are_inverse(kind: str, frozen: str | None) -> None:
     assert parts.keys() == values.keys()
     for role, value in values.items():
         assert torch.equal(parts[role], value)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_rms_norm_without_eps_has_that_of_torch(dtype: torch.dtype) -> None:
+    """Of the type that it computes in, which matters where inputs are small."""
+    module = nn.RMSNorm(8, dtype=dtype)
+    x = (1e-2 * cases.drawn(5, 8)).to(dtype)
+    layer = layer_of("", module)
+    assert isinstance(layer, NormLayer)
+    found, truth = layer.rows(x)[:, 0].double(), module(x).detach().double()
+    # what torch returns is rounded to the type of the input
+    assert cases.error(found, truth) < 2 * torch.finfo(dtype).eps

@@ -273,6 +273,24 @@ def test_of_tied_embeddings_and_a_head_the_head_is_taken() -> None:
     assert outputs[0] is logits
 
 
+def test_of_tied_embeddings_and_a_head_that_comes_first_the_head_is_taken() -> None:
+    class HeadFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head, self.embedding = nn.Linear(3, 6, bias=False), nn.Embedding(6, 3)
+            self.embedding.weight = self.head.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.embedding(x).tanh())
+
+    model, x = cases.filled(HeadFirst()), torch.tensor([1, 5, 2, 2])
+    fisher = cases.captured(model, x)
+    assert list(fisher.layers) == ["head"]
+    assert fisher.uncovered() == {}
+    truth = sum(cases.softmax_fisher(z) for z in model(x)) / 4
+    assert cases.error(fisher.layers["head"].G.factor(), truth) < EXACT
+
+
 def test_attention_of_torch_is_uncovered() -> None:
     """It multiplies with the weight of out_proj by itself: that module is never called."""
     fisher = Capture(cases.filled(Zoo()), fisher_type="type-2")

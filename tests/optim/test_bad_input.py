@@ -24,8 +24,8 @@ def hooks(model: nn.Module) -> int:
 
 
 OF_BOTH: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"damping": 0.0}, ValueError, "damping is 0; allowed are numbers > 0"),
-    ({"damping": -1.0}, ValueError, r"damping is -1.0; allowed are numbers in \[0.0, inf\]"),
+    ({"damping": 0.0}, ValueError, "damping is 0.0; allowed are finite numbers > 0"),
+    ({"damping": -1.0}, ValueError, "damping is -1.0; allowed are finite numbers > 0"),
     ({"damping": "1"}, TypeError, "damping has type str; expected a number"),
     (
         {"damping_mode": "tikhonov"},
@@ -33,7 +33,7 @@ OF_BOTH: list[tuple[dict[str, Any], type[Exception], str]] = [
         "damping_mode is 'tikhonov'; allowed are 'pi', 'exact', 'per-factor'",
     ),
     ({"inverse": "lu"}, ValueError, "inverse is 'lu'; allowed are 'cholesky', 'eigh', 'inverse-fr"),
-    ({"kl_clip": 0.0}, ValueError, "kl_clip is 0; allowed are numbers > 0"),
+    ({"kl_clip": 0.0}, ValueError, "kl_clip is 0.0; allowed are finite numbers > 0"),
     ({"factor_update_period": 0}, ValueError, "factor_update_period is 0; allowed are ints >= 1"),
     ({"factor_update_period": 1.5}, TypeError, "factor_update_period has type float; expected an"),
     ({"inverse_update_period": -1}, ValueError, "inverse_update_period is -1; allowed are ints >="),
@@ -52,10 +52,20 @@ OF_BOTH: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"stride": 0}, ValueError, "stride is 0; allowed are ints >= 1"),
     ({"mc_samples": 0}, ValueError, "mc_samples is 0; allowed are ints >= 1"),
     ({"generator": 3}, TypeError, "generator must be a torch.Generator or None, not int"),
+    ({"mask_of": 3}, TypeError, "mask_of must be a function or None, not int"),
+    ({"logits_of": 3}, TypeError, "logits_of must be a function or None, not int"),
+    ({"terms_of": "x"}, TypeError, "terms_of must be a function or None, not str"),
+    (
+        {"loss_scale": 0.5},
+        TypeError,
+        "loss_scale must be a function that gives a number, not float",
+    ),
+    ({"group": 3}, TypeError, "group must be a torch.distributed.ProcessGroup or None, not int"),
+    ({"exact_positions": 3}, TypeError, "exact_positions has type int; expected a bool"),
     ({"unknown": 1}, TypeError, "unexpected keyword argument 'unknown'"),
 ]
 OF_KFAC: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"lr": -1.0}, ValueError, r"lr is -1.0; allowed are numbers in \[0.0, inf\]"),
+    ({"lr": -1.0}, ValueError, "lr is -1.0; allowed are numbers >= 0.0"),
     ({"lr": torch.tensor(1.0)}, TypeError, "lr has type Tensor; expected a number"),
     ({"adam_lr": float("nan")}, ValueError, "adam_lr is nan; allowed are numbers"),
     ({"weight_decay": -0.1}, ValueError, "weight_decay is -0.1; allowed are numbers"),
@@ -63,7 +73,7 @@ OF_KFAC: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"momentum": -0.1}, ValueError, "momentum is -0.1; allowed are numbers"),
     ({"adam_betas": (0.9, 1.0)}, ValueError, r"adam_betas\[1\] is 1; allowed are numbers"),
     ({"adam_betas": 0.9}, ValueError, r"adam_betas is 0.9; expected two numbers in \[0, 1\)"),
-    ({"adam_eps": 0.0}, ValueError, "adam_eps is 0; allowed are numbers > 0"),
+    ({"adam_eps": 0.0}, ValueError, "adam_eps is 0.0; allowed are finite numbers > 0"),
     ({"damping_period": 0}, ValueError, "damping_period is 0; allowed are ints >= 1, or None"),
     ({"damping_period": 2.0}, TypeError, "damping_period has type float; expected an int"),
     ({"params": []}, ValueError, "params is empty; expected parameters of the model"),
@@ -132,7 +142,7 @@ def test_a_model_that_is_sharded() -> None:
 
 def test_the_damping_that_is_set() -> None:
     optimizer = KFAC(filled(Tokens()))
-    with pytest.raises(ValueError, match="damping is 0; allowed are numbers > 0"):
+    with pytest.raises(ValueError, match="damping is 0.0; allowed are finite numbers > 0"):
         optimizer.damping = 0.0
     assert optimizer.damping == 1e-3
 
@@ -162,9 +172,21 @@ def test_outputs_without_logits(output: Any, found: str) -> None:
             return output
 
     model = Odd()
-    KFAC(model)
+    made = KFAC(model)
     with pytest.raises(TypeError, match=f"the model returned {found}, in which no logits were fou"):
         model(torch.ones(1, 3))
+    made.detach()
+    model(torch.ones(1, 3))
+
+
+def test_a_model_that_is_converted_afterwards() -> None:
+    """Its first layer is named in the forward pass."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5))
+    made = KFAC(model)
+    message = "0 gave torch.float64 on .*, but its curvature is of torch.float32 on"
+    with pytest.raises(TypeError, match=message):
+        model.double()(torch.ones(2, 3, dtype=torch.float64))
+    made.detach()
 
 
 def test_a_mask_that_does_not_fit_is_refused_before_the_step() -> None:

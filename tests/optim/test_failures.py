@@ -333,6 +333,20 @@ def test_a_natural_gradient_that_overflows() -> None:
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+def test_a_step_that_is_left_out_predicts_nothing() -> None:
+    model = filled(Tokens())
+    optimizer = KFAC(model, damping_period=1, **OPTIONS)
+    train(model, optimizer, range(1))
+    assert optimizer.wants_loss
+    differentiate(model, 1)
+    model.lower.weight.grad[0, 0] = math.nan
+    with one_warning("the step is left out"):
+        optimizer.step()
+    assert not optimizer.wants_loss
+    with pytest.raises(ValueError, match="the change of the last step was not predicted"):
+        optimizer.adapt_damping(1.0, 0.5)
+
+
 # ---- a forward pass that fails ------------------------------------------------------------------
 
 
