@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -35,8 +36,8 @@ class Hook:
             found = held()
             return None if found is None or called is not mine() else found(called, *rest)
 
-        # the import of the compiler waits until now
-        self._call = torch.compiler.disable(call)
+        self._call = call
+        _spare_compiler()
 
     def __call__(self, *call: Any) -> Any:
         """What the method gives."""
@@ -45,6 +46,12 @@ class Hook:
     def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
         """A hook that does nothing."""
         return Hook, ()
+
+
+@functools.cache
+def _spare_compiler() -> None:
+    """Let no compiler trace hooks; its import waits until there is one."""
+    setattr(Hook, "__call__", torch.compiler.disable(Hook.__call__))  # noqa: B010
 
 
 def removed_with(owner: object, handles: list[RemovableHandle]) -> Callable[[], object]:

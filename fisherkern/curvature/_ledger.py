@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fisherkern.curvature._probe import Call
+from fisherkern.curvature._tap import Call
 from fisherkern.curvature.structures import LayerCurvature
 
 

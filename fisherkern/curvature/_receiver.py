@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fisherkern.curvature._finite import all_finite
 from fisherkern.curvature._ledger import Ledger
-from fisherkern.curvature._probe import Call
+from fisherkern.curvature._tap import Call
 from fisherkern.curvature.head import WideCurvature
 from fisherkern.curvature.layers import shared_by_samples
 from fisherkern.curvature.structures import LayerCurvature

@@ -9,12 +9,13 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from fisherkern import checks
 from fisherkern.curvature import fisher_types
 from fisherkern.curvature._ledger import Ledger
-from fisherkern.curvature._probe import Tap
 from fisherkern.curvature._receiver import NEVER_CALLED, Batch, Receiver
+from fisherkern.curvature._tap import Tap, furthest
 from fisherkern.curvature.coverage import Chosen, cover
 from fisherkern.curvature.head import WideCurvature
 from fisherkern.curvature.kinds import STRUCTURES, Kinds
@@ -117,7 +118,6 @@ class Capture:
         self.layers: dict[str, LayerCurvature] = self._covered.layers
         """The curvature of each covered module, by its name in the model."""
         self._model = model
-        self._anchor = torch.zeros((), requires_grad=True)
         self._taps: list[Tap] = []
         self._batch = Batch()
         self._loss_scale = 1.0
@@ -161,8 +161,7 @@ class Capture:
         """Put the hooks on the model."""
         if not self._taps:
             for module, name in self._covered.modules.items():
-                at_input = self.layers[name].layer.uses_input_once
-                self._taps.append(Tap(module, at_input, self._anchor, self._receivers[name]))
+                self._taps.append(Tap(module, self._receivers[name]))
         return self
 
     def detach(self) -> None:
@@ -317,7 +316,7 @@ class Capture:
                 f"loss has shape {list(loss.shape)} and requires_grad {loss.requires_grad}; "
                 "expected a scalar that requires grad"
             )
-        torch.autograd.grad(loss, self._anchor, allow_unused=True)
+        self._differentiate(loss, self._ends())
 
     def add_hidden(
         self,
@@ -407,11 +406,10 @@ class Capture:
         self._batch.shape = max(given, outputs.shape[:-1], key=len)
         self._batch.scale = 1.0
         self._ledger.begin()
+        ends = self._ends()
         try:
             for gradient in passes:
-                torch.autograd.grad(
-                    outputs, self._anchor, gradient, retain_graph=True, allow_unused=True
-                )
+                self._differentiate(outputs, ends, gradient)
                 if sampled:
                     self._ledger.close(terms)
             if not sampled:
@@ -422,6 +420,19 @@ class Capture:
             raise
         finally:
             self._batch.scale = None
+
+    def _ends(self) -> list[GradientEdge]:
+        """Where backward passes end that meet all layers and compute no gradient of a weight."""
+        return furthest(edge for tap in self._taps for edge in tap.outputs)
+
+    @staticmethod
+    def _differentiate(
+        outputs: Tensor, ends: list[GradientEdge], gradient: Tensor | None = None
+    ) -> None:
+        """A backward pass; the graph stays if it is one of several, of a given gradient."""
+        if ends:
+            keep = gradient is not None
+            torch.autograd.grad(outputs, ends, gradient, retain_graph=keep, allow_unused=True)
 
     # ---- state ----------------------------------------------------------------------------------
 

@@ -28,8 +28,6 @@ class Layer(ABC):
     d_in: int
     """Columns of the matrix of the parameters, one for a bias not counted."""
     d_out: int
-    uses_input_once = True
-    """Whether one node of the autograd graph takes the input, not several."""
     by_token = False
     """Whether tokens are taken one by one, so that it does not matter which sample they are of."""
 
@@ -343,7 +341,6 @@ class NormLayer(Layer):
         # None: torch's own, that of the type it computes in, float32 of narrower ones
         self.eps: Any = getattr(module, "eps", getattr(module, "variance_epsilon", None))
         self.centred = isinstance(module, nn.LayerNorm)
-        self.uses_input_once = self.centred
 
     def lead(self, x: Tensor) -> torch.Size:
         """All but the dimensions that are normalised."""

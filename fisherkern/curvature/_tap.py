@@ -1,0 +1,178 @@
+"""Hooks that hand a layer the inputs and output gradients of each of its calls, and leave no trace.
+
+Nothing is put into the graph of a model: a node at every layer would not only take time, its small
+blocks of memory keep the freed activations around them from becoming room for the gradients. An
+input is kept as autograd keeps what it saves, so that activation checkpointing and offloading apply
+to it, and let go in the backward pass that frees the graph.
+
+A backward pass that is to visit every layer and to compute no gradient of a weight is asked for the
+gradients at the outputs of some of the layers: :func:`furthest`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+from fisherkern.curvature._hooks import Hook, removed_with
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a module."""
+
+    counted: bool = False
+    """Whether its inputs were added, which every gradient of it comes with."""
+
+
+class Receiver(Protocol):
+    """What is told of the calls of a module."""
+
+    def follow(self) -> bool:
+        """Whether to follow the call that comes."""
+
+    def observe(self, output: Tensor) -> None:
+        """What the module returned."""
+
+    def receive(self, inputs: Callable[[], Tensor], gradient: Tensor, call: Call) -> None:
+        """What gives the input, the output gradient, and which call they are of."""
+
+
+class Kept:
+    """The input of a call, which is not to be written to before it is used."""
+
+    def __init__(self, x: Tensor) -> None:
+        x = x.detach()
+        # those of activation checkpointing, or of offloading
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        self._unpack: Callable[[Any], Tensor] | None = None
+        self._version = None if x.is_inference() else x._version
+        self._value: Any = x
+        if hooks is not None:
+            pack, self._unpack = hooks
+            with torch.no_grad():
+                self._value = pack(x)
+
+    def get(self) -> Tensor:
+        """The input; what checkpointing has to compute again comes only once a pass."""
+        if self._unpack is not None:
+            return self._unpack(self._value).detach()
+        if self._version is not None and self._value._version != self._version:
+            raise RuntimeError(
+                f"the input of a layer, of shape {list(self._value.shape)}, was modified by an "
+                "inplace operation before the backward pass that needs it"
+            )
+        return self._value
+
+    def release(self) -> None:
+        """Let go of it."""
+        self._value = None
+
+
+class Tap:
+    """The hooks of one module.
+
+    Args:
+        module: takes a tensor and returns one.
+        receiver: asked in each call whether to follow it, then given what the module returns, and
+            every gradient that comes to that.
+    """
+
+    def __init__(self, module: nn.Module, receiver: Receiver) -> None:
+        self._receiver = receiver
+        self._input: Kept | None = None
+        self.outputs: list[GradientEdge] = []
+        """Where the gradients of the calls that were followed come by."""
+        before, after = Hook(module, self._before), Hook(module, self._after)
+        self.remove = removed_with(
+            self,
+            [
+                module.register_forward_pre_hook(before, with_kwargs=True),
+                module.register_forward_hook(after),
+            ],
+        )
+        """Take the hooks off."""
+
+    def forget(self) -> None:
+        """Let go of all calls, and of one that raised or of which checkpointing repeated a part."""
+        self._input = None
+        self.outputs = []
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._input = None
+        if not (self._receiver.follow() and torch.is_grad_enabled()):
+            return
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        if isinstance(x, Tensor):
+            self._input = Kept(x)
+
+    def _after(self, module: nn.Module, args: Any, output: Any) -> Tensor | None:
+        kept, self._input = self._input, None
+        if kept is None or not isinstance(output, Tensor) or not output.requires_grad:
+            return None
+        given = None
+        if output._base is not None and not _is_whole(output):
+            output = given = output.clone()
+        self._receiver.observe(output)
+        # a hook on a view itself is lost when the view is written to, as by a ReLU in place
+        whole, shape = output if output._base is None else output._base, output.shape
+        hook = _followed(kept, self._receiver)
+        if whole is output:
+            whole.register_hook(hook)
+        else:
+            whole.register_hook(lambda gradient: hook(gradient.reshape(shape)))
+        # what checkpointing repeats in a backward pass belongs to a graph that is to be freed
+        if torch._C._current_graph_task_id() < 0:
+            self.outputs.append(get_gradient_edge(whole))
+        return given
+
+
+def _is_whole(view: Tensor) -> bool:
+    """Whether a view is its base in another shape, as what Linear makes of [B, S, d]."""
+    base = view._base
+    assert base is not None
+    dense = view.is_contiguous() and base.is_contiguous() and view.numel() == base.numel()
+    return dense and base.requires_grad
+
+
+def _followed(kept: Kept, receiver: Receiver) -> Callable[[Tensor], None]:
+    call = Call()
+
+    def hook(gradient: Tensor) -> None:
+        found: list[Tensor] = []
+
+        def inputs() -> Tensor:
+            if not found:
+                found.append(kept.get())
+            return found[0]
+
+        # of a backward pass inside autocast too the averages are products of their own dtype
+        with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
+            receiver.receive(inputs, gradient.detach(), call)
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            kept.release()
+
+    return hook
+
+
+def furthest(outputs: Iterable[GradientEdge]) -> list[GradientEdge]:
+    """The outputs from which a backward pass comes to no other: on its way there it meets all."""
+    edges = list(outputs)
+    wanted = {edge.node for edge in edges}
+    comes: dict[Node, bool] = {}  # to one of them, from behind a node
+    waiting = list(wanted)
+    while waiting:
+        node = waiting[-1]
+        behind = [following for following, _ in node.next_functions if following is not None]
+        unknown = [following for following in behind if following not in comes]
+        if node in comes or not unknown:
+            waiting.pop()
+            comes[node] = any(following in wanted or comes[following] for following in behind)
+        else:
+            waiting += unknown
+    return [edge for edge in edges if not comes[edge.node]]
