@@ -133,10 +133,10 @@ class Update {
     return std::clamp<int64_t>(tokens_.size(), 1, most);
   }
 
-  PanelProduct in_memory(const PanelMemory& memory, int64_t capacity) const {
+  PanelProduct in_memory(char* memory, int64_t capacity) const {
     PanelProduct p = product_;
-    p.left = p.right = {memory.data(), capacity};
-    if (!one_) p.right.data = memory.data() + capacity * left_columns_ * kernels_.element_bytes;
+    p.left = p.right = {memory, capacity};
+    if (!one_) p.right.data = memory + capacity * left_columns_ * kernels_.element_bytes;
     return p;
   }
 
@@ -156,14 +156,8 @@ class Update {
       for (int64_t b = 0; b < batches; ++b) most = std::max(most, bounds[b + 1] - bounds[b]);
     most = rounded_up(most, kernels_.token_block);
 
-    // a small panel is kept by the thread: to map and fault its pages anew takes up to a fifth of such
-    // a call
-    static thread_local PanelMemory kept;
-    constexpr int64_t kKept = 8 << 20;
     PanelMemory own;
-    PanelMemory& memory = most * token_bytes_ <= kKept ? kept : own;
-    memory.reserve(&memory == &kept ? kKept : most * token_bytes_);
-    PanelProduct p = in_memory(memory, most);
+    PanelProduct p = in_memory(scratch_of(most * token_bytes_, own), most);
 
     int64_t begin = 0, batch = 0;
     do {
@@ -197,7 +191,7 @@ class Update {
     share_out(
         shares.count, [&] { return PanelMemory(most * token_bytes_); },
         [&](const PanelMemory& memory, int64_t share) {
-          PanelProduct p = in_memory(memory, most);
+          PanelProduct p = in_memory(memory.data(), most);
           p.splits = 1;
           p.factor = sums.data() + share * sum_bytes;
           p.row_stride = p.columns;

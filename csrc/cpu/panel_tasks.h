@@ -103,6 +103,16 @@ class PanelMemory {
   int64_t bytes_ = 0;
 };
 
+// Memory for a call. What a thread needs little of it keeps: to map and fault its pages anew takes up to
+// a fifth of a covariance, and as long as a sum over tokens itself.
+inline char* scratch_of(int64_t bytes, PanelMemory& own) {
+  constexpr int64_t kKept = 8 << 20;
+  static thread_local PanelMemory kept;
+  PanelMemory& memory = bytes <= kKept ? kept : own;
+  memory.reserve(bytes <= kKept ? kKept : bytes);
+  return memory.data();
+}
+
 // The bounds of segments of `count` tokens in all.
 inline std::vector<int64_t> segments_of(int64_t count, int64_t segment) {
   std::vector<int64_t> bounds{0};

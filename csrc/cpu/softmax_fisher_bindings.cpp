@@ -99,8 +99,8 @@ void token_sum(Kernel kernel, const Tensor& logits, const Optional& weights,
     return;
   }
   // the first part is summed where the result goes
-  const PanelMemory partial((parts - 1) * bytes);
-  char* const sums = partial.data();
+  PanelMemory own;
+  char* const sums = scratch_of((parts - 1) * bytes, own);
   torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part)
       kernel(f, part ? sums + (part - 1) * bytes : to, part * T / parts, (part + 1) * T / parts);
