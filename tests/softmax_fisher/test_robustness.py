@@ -49,6 +49,21 @@ def test_any_leading_dimensions(backend: str, op: Op, lead: tuple[int, ...]) -> 
         assert torch.equal(a.reshape(b.shape), b)
 
 
+@pytest.mark.parametrize("op", [op for op in OPS if op.takes_out and op.kind == "row"], **IDS)
+def test_out_beside_the_logits(backend: str, op: Op) -> None:
+    """In other columns of one buffer; a column further they overlap."""
+    z = cases.logits((3, 2, V), torch.float32)
+    operands = op.make(z, cases.generator(1))
+    buffer = torch.zeros(3, 2, 2 * V, device=DEVICE)
+    buffer[..., V:] = z
+    expected = op.call(z, *operands)
+    assert cases.agree(backend, op.call(buffer[..., V:], *operands, out=buffer[..., :V]), expected)
+    assert cases.agree(backend, buffer[..., :V], expected)
+    assert torch.equal(buffer[..., V:], z)
+    with pytest.raises(ValueError, match="out overlaps logits"):
+        op.call(buffer[..., V:], *operands, out=buffer[..., 1 : V + 1])
+
+
 @pytest.mark.parametrize("op", OPS, **IDS)
 def test_one_token_without_leading_dimensions(backend: str, op: Op) -> None:
     z = cases.logits((V,), torch.float32)
