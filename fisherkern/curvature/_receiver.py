@@ -52,7 +52,7 @@ class Receiver:
         ledger: Ledger,
         summed: bool,
     ) -> None:
-        self._name, self._curvature, self._layer = name, curvature, curvature.layer
+        self.name, self._curvature, self._layer = name, curvature, curvature.layer
         self._batch, self._ledger = batch, ledger
         self._summed = summed
         self._warned = False
@@ -62,7 +62,7 @@ class Receiver:
     def follow(self) -> bool:
         """Whether a call is to be followed; asked before it."""
         if self._batch.active:
-            self._ledger.call(self._name)
+            self._ledger.call(self.name)
         return self._batch.active
 
     def observe(self, output: Tensor) -> None:
@@ -71,7 +71,7 @@ class Receiver:
         narrow = output.dtype == torch.float64 and kept.dtype != torch.float64
         if narrow or output.device != kept.device:
             raise TypeError(
-                f"{self._name} gave {output.dtype} on {output.device}, but its curvature is of "
+                f"{self.name} gave {output.dtype} on {output.device}, but its curvature is of "
                 f"{kept.dtype} on {kept.device}: convert or move a model before it is captured"
             )
         layer.token_mask(batch.mask, layer.lead(layer.by_sample(output, batch.shape)))
@@ -81,7 +81,7 @@ class Receiver:
     def receive(self, inputs: Callable[[], Tensor], gradient: Tensor, call: Call) -> None:
         """Add the gradient of a call, and its inputs where they were not."""
         batch, layer = self._batch, self._layer
-        if batch.scale is None or not self._ledger.takes(self._name):
+        if batch.scale is None or not self._ledger.takes(self.name):
             return
         g = layer.by_sample(gradient, batch.shape)
         lead = layer.lead(g)
@@ -101,7 +101,7 @@ class Receiver:
             what = "inputs or gradients hold NaN or infinity"
             self._leave_out(f"{what}; this batch is left out of its curvature")
             return
-        self._ledger.receive(self._name, call)
+        self._ledger.receive(self.name, call)
         if not call.counted:
             call.counted = True
             self._curvature.add_inputs(x(), over)
@@ -117,10 +117,10 @@ class Receiver:
         self._leave_out(f"{reason}, and it is left out")
 
     def _leave_out(self, why: str) -> None:
-        self._ledger.fail(self._name)
+        self._ledger.fail(self.name)
         if not self._warned:
             self._warned = True
-            warnings.warn(f"{self._name}: {why} (said once)", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"{self.name}: {why} (said once)", RuntimeWarning, stacklevel=2)
 
 
 def _finite(values: Tensor, rows: Callable[[Tensor], Tensor], mask: Tensor | None) -> bool:

@@ -1,9 +1,9 @@
 """Hooks that hand a layer the inputs and output gradients of each of its calls, and leave no trace.
 
 Nothing is put into the graph of a model: a node at every layer would not only take time, its small
-blocks of memory keep the freed activations around them from becoming room for the gradients. An
-input is kept as autograd keeps what it saves, so that activation checkpointing and offloading apply
-to it, and let go in the backward pass that frees the graph.
+blocks of memory keep the freed activations around them from becoming room for the gradients. Nor is
+a graph held. An input is kept by the hooks of a node, packed as autograd packs what it saves, so
+that activation checkpointing and offloading apply to it, and let go when that is.
 
 A backward pass that is to visit every layer and to compute no gradient of a weight is asked for the
 gradients at the outputs of some of the layers: :func:`furthest`.
@@ -21,6 +21,9 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from fisherkern.curvature._hooks import Hook, removed_with
 
+Output = tuple[int, int]
+"""The sequence number of a node, which holds on to nothing, and that of its output."""
+
 
 @dataclass(eq=False)
 class Call:
@@ -32,6 +35,8 @@ class Call:
 
 class Receiver(Protocol):
     """What is told of the calls of a module."""
+
+    name: str
 
     def follow(self) -> bool:
         """Whether to follow the call that comes."""
@@ -46,8 +51,8 @@ class Receiver(Protocol):
 class Kept:
     """The input of a call, which is not to be written to before it is used."""
 
-    def __init__(self, x: Tensor) -> None:
-        x = x.detach()
+    def __init__(self, x: Tensor, name: str) -> None:
+        x, self._name = x.detach(), name
         # those of activation checkpointing, or of offloading
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
         self._unpack: Callable[[Any], Tensor] | None = None
@@ -64,14 +69,20 @@ class Kept:
             return self._unpack(self._value).detach()
         if self._version is not None and self._value._version != self._version:
             raise RuntimeError(
-                f"the input of a layer, of shape {list(self._value.shape)}, was modified by an "
-                "inplace operation before the backward pass that needs it"
+                f"the input of {self._name or 'the model'}, of shape {list(self._value.shape)}, "
+                "was modified by an inplace operation before the backward pass that needs it"
             )
         return self._value
 
-    def release(self) -> None:
-        """Let go of it."""
-        self._value = None
+    @property
+    def gone(self) -> bool:
+        """Whether the graph was freed, of which torch will say that it was differentiated twice."""
+        return self._value is None
+
+    def pass_by(self, *_: Any) -> None:
+        """The node of the call was differentiated: let go of it where that freed the graph."""
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            self._value = self._unpack = None
 
 
 class Tap:
@@ -86,8 +97,8 @@ class Tap:
     def __init__(self, module: nn.Module, receiver: Receiver) -> None:
         self._receiver = receiver
         self._input: Kept | None = None
-        self.outputs: list[GradientEdge] = []
-        """Where the gradients of the calls that were followed come by."""
+        self.outputs: set[Output] = set()
+        """Of the calls that were followed."""
         before, after = Hook(module, self._before), Hook(module, self._after)
         self.remove = removed_with(
             self,
@@ -101,7 +112,7 @@ class Tap:
     def forget(self) -> None:
         """Let go of all calls, and of one that raised or of which checkpointing repeated a part."""
         self._input = None
-        self.outputs = []
+        self.outputs = set()
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._input = None
@@ -109,7 +120,7 @@ class Tap:
             return
         x = args[0] if args else next(iter(kwargs.values()), None)
         if isinstance(x, Tensor):
-            self._input = Kept(x)
+            self._input = Kept(x, self._receiver.name)
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> Tensor | None:
         kept, self._input = self._input, None
@@ -120,15 +131,11 @@ class Tap:
             output = given = output.clone()
         self._receiver.observe(output)
         # a hook on a view itself is lost when the view is written to, as by a ReLU in place
-        whole, shape = output if output._base is None else output._base, output.shape
-        hook = _followed(kept, self._receiver)
-        if whole is output:
-            whole.register_hook(hook)
-        else:
-            whole.register_hook(lambda gradient: hook(gradient.reshape(shape)))
-        # what checkpointing repeats in a backward pass belongs to a graph that is to be freed
-        if torch._C._current_graph_task_id() < 0:
-            self.outputs.append(get_gradient_edge(whole))
+        whole = output if output._base is None else output._base
+        whole.register_hook(_followed(kept, self._receiver, output.shape))
+        edge = get_gradient_edge(whole)
+        edge.node.register_hook(kept.pass_by)
+        self.outputs.add((edge.node._sequence_nr(), edge.output_nr))
         return given
 
 
@@ -140,10 +147,12 @@ def _is_whole(view: Tensor) -> bool:
     return dense and base.requires_grad
 
 
-def _followed(kept: Kept, receiver: Receiver) -> Callable[[Tensor], None]:
+def _followed(kept: Kept, receiver: Receiver, shape: torch.Size) -> Callable[[Tensor | None], None]:
     call = Call()
 
-    def hook(gradient: Tensor) -> None:
+    def hook(gradient: Tensor | None) -> None:
+        if gradient is None or kept.gone:
+            return
         found: list[Tensor] = []
 
         def inputs() -> Tensor:
@@ -153,26 +162,36 @@ def _followed(kept: Kept, receiver: Receiver) -> Callable[[Tensor], None]:
 
         # of a backward pass inside autocast too the averages are products of their own dtype
         with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
-            receiver.receive(inputs, gradient.detach(), call)
-        if not torch._C._autograd._get_current_graph_task_keep_graph():
-            kept.release()
+            receiver.receive(inputs, gradient.detach().reshape(shape), call)
 
     return hook
 
 
-def furthest(outputs: Iterable[GradientEdge]) -> list[GradientEdge]:
-    """The outputs from which a backward pass comes to no other: on its way there it meets all."""
-    edges = list(outputs)
-    wanted = {edge.node for edge in edges}
-    comes: dict[Node, bool] = {}  # to one of them, from behind a node
-    waiting = list(wanted)
+def furthest(root: Node | None, outputs: Iterable[Output]) -> list[GradientEdge]:
+    """The outputs from which a backward pass comes to no other: on its way there it meets all.
+
+    Args:
+        root: the node that the pass begins at.
+        outputs: of layers; those that the root does not depend on are left out.
+    """
+    numbers: dict[int, set[int]] = {}
+    for sequence, number in outputs:
+        numbers.setdefault(sequence, set()).add(number)
+    found: list[GradientEdge] = []
+    comes: dict[Node, bool] = {}  # to an output, at a node or behind it
+    waiting = [] if root is None else [root]
     while waiting:
         node = waiting[-1]
         behind = [following for following, _ in node.next_functions if following is not None]
         unknown = [following for following in behind if following not in comes]
-        if node in comes or not unknown:
-            waiting.pop()
-            comes[node] = any(following in wanted or comes[following] for following in behind)
-        else:
+        if unknown and node not in comes:
             waiting += unknown
-    return [edge for edge in edges if not comes[edge.node]]
+            continue
+        waiting.pop()
+        if node in comes:
+            continue
+        here, beyond = numbers.get(node._sequence_nr(), ()), any(map(comes.get, behind))
+        comes[node] = bool(here) or beyond
+        if not beyond:
+            found += [GradientEdge(node, number) for number in sorted(here)]
+    return found

@@ -316,7 +316,7 @@ class Capture:
                 f"loss has shape {list(loss.shape)} and requires_grad {loss.requires_grad}; "
                 "expected a scalar that requires grad"
             )
-        self._differentiate(loss, self._ends())
+        self._differentiate(loss, self._ends(loss))
 
     def add_hidden(
         self,
@@ -406,7 +406,7 @@ class Capture:
         self._batch.shape = max(given, outputs.shape[:-1], key=len)
         self._batch.scale = 1.0
         self._ledger.begin()
-        ends = self._ends()
+        ends = self._ends(outputs)
         try:
             for gradient in passes:
                 self._differentiate(outputs, ends, gradient)
@@ -421,9 +421,9 @@ class Capture:
         finally:
             self._batch.scale = None
 
-    def _ends(self) -> list[GradientEdge]:
+    def _ends(self, outputs: Tensor) -> list[GradientEdge]:
         """Where backward passes end that meet all layers and compute no gradient of a weight."""
-        return furthest(edge for tap in self._taps for edge in tap.outputs)
+        return furthest(outputs.grad_fn, (o for tap in self._taps for o in tap.outputs))
 
     @staticmethod
     def _differentiate(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.autograd.graph import get_gradient_edge, save_on_cpu, saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
 from curvature import cases
 from fisherkern.curvature import Capture, KroneckerCurvature, _tap
@@ -56,8 +60,8 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> list[_tap.Kept]:
     made: list[_tap.Kept] = []
 
     class Noted(_tap.Kept):
-        def __init__(self, x: Tensor) -> None:
-            super().__init__(x)
+        def __init__(self, x: Tensor, name: str) -> None:
+            super().__init__(x, name)
             made.append(self)
 
     monkeypatch.setattr(_tap, "Kept", Noted)
@@ -82,15 +86,26 @@ def test_some_layers_are_as_among_all(fisher_type: str, layers: list[str]) -> No
         assert all(map(torch.equal, one.factors(), other.factors()))
 
 
+def furthest(root: Tensor, *outputs: Tensor) -> list[Any]:
+    """The nodes that are found."""
+    edges = map(get_gradient_edge, outputs)
+    found = _tap.furthest(root.grad_fn, [(e.node._sequence_nr(), e.output_nr) for e in edges])
+    return [edge.node for edge in found]
+
+
 def test_furthest() -> None:
     a, b = (torch.ones(1, requires_grad=True) * 1 for _ in range(2))
     c = a * b
     d, e = c + a, c * 2
-    edges = [torch.autograd.graph.get_gradient_edge(x) for x in (d, c, a, e)]
-    assert _tap.furthest(edges) == [edges[2]]
-    assert _tap.furthest(edges[:2]) == [edges[1]]
-    assert _tap.furthest([edges[0], edges[3]]) == [edges[0], edges[3]]
-    assert _tap.furthest([]) == []
+    root, aside = d + e, b * 3
+    assert furthest(root, d, c, a, e) == [a.grad_fn]
+    assert furthest(root, d, c) == [c.grad_fn]
+    assert set(furthest(root, d, e, aside)) == {d.grad_fn, e.grad_fn}
+    assert furthest(root, root) == [root.grad_fn]
+    assert furthest(root) == furthest(root, aside) == []
+    assert furthest(torch.ones(1, requires_grad=True), aside) == []
+    left, right = torch.unbind(torch.stack([a, b]).squeeze(1))  # two outputs of one node
+    assert furthest(left + right, left, right) == [left.grad_fn] * 2
 
 
 def test_a_long_graph_is_no_deep_one() -> None:
@@ -98,8 +113,7 @@ def test_a_long_graph_is_no_deep_one() -> None:
     first = y = x * 1
     for _ in range(5000):
         y = y + 1
-    edges = [torch.autograd.graph.get_gradient_edge(t) for t in (y, first)]
-    assert _tap.furthest(edges) == [edges[1]]
+    assert furthest(y, y, first) == [first.grad_fn]
 
 
 # ---- the graph, and what it holds ---------------------------------------------------------------
@@ -135,6 +149,106 @@ def test_inputs_go_with_the_graph(fisher_type: str, kept: list[_tap.Kept]) -> No
     assert sum(reached) == 4  # all but of the layer that nothing comes of
 
 
+@pytest.mark.filterwarnings("ignore:no gradient came to any layer")
+@pytest.mark.parametrize("fisher_type", TYPES)
+def test_an_open_batch_holds_no_graph(fisher_type: str) -> None:
+    class Mark:
+        pass
+
+    model, mark = cases.filled(Branches()), Mark()
+    held = weakref.ref(mark)
+    terms = 6 if fisher_type == "empirical" else None
+    with Capture(model, fisher_type=fisher_type) as fisher, fisher.batch(terms=terms):
+        logits = model(X)
+        if fisher_type != "empirical":
+            fisher.add(logits)
+        assert logits.grad_fn is not None
+        logits.grad_fn.metadata["mark"] = mark
+        del logits, mark
+        gc.collect()
+        assert held() is None
+
+
+def test_gradients_at_an_output_leave_its_input_there() -> None:
+    """As of a saliency: nothing that the layer saved is freed, for its node is not run."""
+    model, expected = cases.filled(Branches()), captured("type-2")
+    with Capture(model, fisher_type="type-2") as fisher, fisher.batch():
+        h = model.first(X)
+        torch.autograd.grad(h.exp().sum(), h)
+        h = h.tanh()
+        model.aside(h)
+        fisher.add(model.last(torch.cat([model.left(h), model.right(h)], -1).tanh()))
+    cases.assert_same(fisher, expected, bits=True)
+
+
+def test_a_graph_that_was_freed_is_an_error_of_torch() -> None:
+    model = cases.filled(Branches())
+    with Capture(model, fisher_type="empirical") as fisher, fisher.batch(terms=6):
+        loss = model.first(X).sum()
+        loss.backward()
+        with pytest.raises(RuntimeError, match="through the graph a second time"):
+            loss.backward()
+
+
+class Segments(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(3, 3) for _ in range(4))
+        self.head = nn.Linear(3, cases.V)
+        self.inputs: list[weakref.ref[Tensor]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + 1
+            self.inputs.append(weakref.ref(x))
+            x = checkpoint(layer, x, use_reentrant=False)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("fisher_type", ["mc", "empirical"])
+def test_inputs_of_checkpoints_go_with_the_graph(fisher_type: str) -> None:
+    model = cases.filled(Segments())
+    terms = 6 if fisher_type == "empirical" else None
+    with Capture(model, fisher_type=fisher_type) as fisher, fisher.batch(terms=terms):
+        logits = model(X)
+        if terms is None:
+            fisher.add(logits)
+        logits.logsumexp(-1).mean().backward()
+        del logits
+        gc.collect()
+        assert not any(x() is not None for x in model.inputs)
+
+
+class Stop(torch.autograd.Function):
+    """The identity, whose gradient is nothing at all, not even zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 1
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> None:
+        return None
+
+
+class Stopped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen, self.unseen = nn.Linear(3, cases.V), nn.Linear(3, cases.V)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.seen(x) + Stop.apply(self.unseen(x))
+
+
+@pytest.mark.parametrize("fisher_type", TYPES)
+def test_a_gradient_that_is_none_adds_nothing(fisher_type: str) -> None:
+    model = cases.filled(Stopped())
+    with Capture(model, fisher_type=fisher_type) as fisher:
+        run(fisher, model)
+    assert fisher.layers["seen"].averages["G"].mean().abs().max() > 0
+    assert fisher.layers["unseen"].averages["G"].mean().abs().max() == 0
+
+
 class Overwriting(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -150,7 +264,9 @@ class Overwriting(nn.Module):
 def test_an_input_that_was_written_to_is_an_error() -> None:
     model = cases.filled(Overwriting())
     with Capture(model, fisher_type="mc") as fisher:
-        with pytest.raises(RuntimeError, match=r"the input of a layer, of shape \[6, 3\]"):
+        with pytest.raises(
+            RuntimeError, match=r"the input of linear, of shape \[6, 3\], was modified"
+        ):
             run(fisher, model)
         assert fisher.layers["linear"].G.count == 0
 
