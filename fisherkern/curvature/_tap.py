@@ -195,3 +195,12 @@ def furthest(root: Node | None, outputs: Iterable[Output]) -> list[GradientEdge]
         if not beyond:
             found += [GradientEdge(node, number) for number in sorted(here)]
     return found
+
+
+def differentiate(
+    outputs: Tensor, ends: list[GradientEdge], gradient: Tensor | None = None
+) -> None:
+    """A backward pass to `ends`; the graph stays if it is one of several, of a given gradient."""
+    if ends:
+        keep = gradient is not None
+        torch.autograd.grad(outputs, ends, gradient, retain_graph=keep, allow_unused=True)

@@ -15,7 +15,7 @@ from fisherkern import checks
 from fisherkern.curvature import fisher_types
 from fisherkern.curvature._ledger import Ledger
 from fisherkern.curvature._receiver import NEVER_CALLED, Batch, Receiver
-from fisherkern.curvature._tap import Tap, furthest
+from fisherkern.curvature._tap import Tap, differentiate, furthest
 from fisherkern.curvature.coverage import Chosen, cover
 from fisherkern.curvature.head import WideCurvature
 from fisherkern.curvature.kinds import STRUCTURES, Kinds
@@ -316,7 +316,7 @@ class Capture:
                 f"loss has shape {list(loss.shape)} and requires_grad {loss.requires_grad}; "
                 "expected a scalar that requires grad"
             )
-        self._differentiate(loss, self._ends(loss))
+        differentiate(loss, self._ends(loss))
 
     def add_hidden(
         self,
@@ -409,7 +409,7 @@ class Capture:
         ends = self._ends(outputs)
         try:
             for gradient in passes:
-                self._differentiate(outputs, ends, gradient)
+                differentiate(outputs, ends, gradient)
                 if sampled:
                     self._ledger.close(terms)
             if not sampled:
@@ -424,15 +424,6 @@ class Capture:
     def _ends(self, outputs: Tensor) -> list[GradientEdge]:
         """Where backward passes end that meet all layers and compute no gradient of a weight."""
         return furthest(outputs.grad_fn, (o for tap in self._taps for o in tap.outputs))
-
-    @staticmethod
-    def _differentiate(
-        outputs: Tensor, ends: list[GradientEdge], gradient: Tensor | None = None
-    ) -> None:
-        """A backward pass; the graph stays if it is one of several, of a given gradient."""
-        if ends:
-            keep = gradient is not None
-            torch.autograd.grad(outputs, ends, gradient, retain_graph=keep, allow_unused=True)
 
     # ---- state ----------------------------------------------------------------------------------
 
