@@ -27,6 +27,16 @@ A* slice(Panel panel, int64_t index) {
 // `count` elements as the accumulation type, zeros up to a whole slice.
 template <class T, class A>
 void pack_slice(const T* from, int64_t count, bool squares, A weight, A* to) {
+  auto put = [&](int j, Vec<A> x) {
+    if (squares) x *= x;
+    store(to + j * kLanes<A>, x * weight);
+  };
+  if constexpr (sizeof(Acc<T>) == sizeof(A)) {
+    if (count >= kSlice<A>) {
+      for (int j = 0; j < kVectors; ++j) put(j, load(from + j * kLanes<A>));
+      return;
+    }
+  }
   alignas(kVectorBytes) A values[kSlice<A>] = {};
   if constexpr (sizeof(Acc<T>) == sizeof(A)) {
     int64_t i = 0;
@@ -35,11 +45,7 @@ void pack_slice(const T* from, int64_t count, bool squares, A weight, A* to) {
   } else {
     for (int64_t i = 0; i < count; ++i) values[i] = to_accumulation(from[i]);
   }
-  for (int j = 0; j < kVectors; ++j) {
-    Vec<A> x = load(values + j * kLanes<A>);
-    if (squares) x *= x;
-    store(to + j * kLanes<A>, x * weight);
-  }
+  for (int j = 0; j < kVectors; ++j) put(j, load(values + j * kLanes<A>));
 }
 
 template <class T, class A>
@@ -71,6 +77,9 @@ void pack_rows(const Activations& x, const TokenList& list, Panel panel, int64_t
 template <int N, class A>
 void micro_tile(const A* left, const A* right, int64_t count, bool square, A* sums) {
   constexpr int R = kRows<A>, L = kLanes<A>;
+  // the sums of a tile are in the second-level cache: they come while the terms are added
+  for (int r = 0; r < R; ++r)
+    for (int j = 0; j < N; ++j) __builtin_prefetch(sums + r * kSlice<A> + j * L, 1, 3);
   Vec<A> sum[R][N] = {};
   for (int64_t t = 0; t < count; ++t) {
     Vec<A> b[N];

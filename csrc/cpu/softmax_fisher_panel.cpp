@@ -12,9 +12,12 @@ class PanelRow {
  public:
   using A = Acc<T>;
 
-  PanelRow(const SoftmaxFisherPanel& p, const Exponential<A>& exponential, int64_t token)
+  // What to ask for in advance: further classes of this row; or, where so few are wanted that those of a
+  // later row are read before them, its.
+  PanelRow(const SoftmaxFisherPanel& p, const Exponential<A>& exponential, int64_t token, bool few)
       : exponential_(exponential),
         z_(row<const T>(p.rows, p.rows.logits, token)),
+        ahead_(few ? row<const T>(p.rows, p.rows.logits, later(p.rows, token)) : z_ + kLogitsAhead),
         scale_(static_cast<const A*>(p.scale)),
         reference_(static_cast<const A*>(p.reference)[token]),
         unit_(weight<A>(p.rows, token)) {}
@@ -23,14 +26,19 @@ class PanelRow {
   Vec<A> operator()(int64_t i, Count count) const {
     if (unit_ == 0) return Vec<A>{};  // whatever the row holds
     const A lowest = -std::numeric_limits<A>::infinity();
-    __builtin_prefetch(z_ + i + kLogitsAhead, 0, 3);
+    __builtin_prefetch(ahead_ + i, 0, 3);
     const Vec<A> e = exponential_(load_lanes(z_ + i, count, lowest) - reference_) * unit_;
     return scale_ ? e * load_lanes(scale_ + i, count) : e;
   }
 
  private:
+  static int64_t later(const SoftmaxFisher& rows, int64_t token) {
+    return std::min(token + kLanes<A>, rows.batches * rows.tokens - 1);
+  }
+
   const Exponential<A>& exponential_;
   const T* z_;
+  const T* ahead_;
   const A* scale_;
   A reference_, unit_;
 };
@@ -43,6 +51,7 @@ void panel_of(const SoftmaxFisher&, const SoftmaxFisherPanel& p, int64_t first_t
   constexpr int64_t L = kLanes<A>;
   const Exponential<A> exponential(p.rows.temperature);
   const int64_t slice = p.slice ? p.slice : last_class - first_class;
+  const bool few = last_class - first_class <= kLogitsAhead;
   auto place = [&](int64_t token, int64_t c) {  // of these, counted from the first
     return p.transposed ? out + c * p.stride + token
                         : out + c / slice * p.slice_stride + token * p.stride + c % slice;
@@ -52,7 +61,7 @@ void panel_of(const SoftmaxFisher&, const SoftmaxFisherPanel& p, int64_t first_t
     for (int64_t token = first_token; token < last_token; token += L) {
       const int64_t tokens = std::min(L, last_token - token);
       rows.clear();
-      for (int64_t t = 0; t < tokens; ++t) rows.emplace_back(p, exponential, token + t);
+      for (int64_t t = 0; t < tokens; ++t) rows.emplace_back(p, exponential, token + t, few);
       for_lanes<A>(first_class, last_class, [&](int64_t i, auto count) {
         Vec<A> block[L] = {};
         for (int64_t t = 0; t < tokens; ++t) block[t] = rows[t](i, count);
@@ -68,7 +77,7 @@ void panel_of(const SoftmaxFisher&, const SoftmaxFisherPanel& p, int64_t first_t
     }
   } else {
     for (int64_t token = first_token; token < last_token; ++token) {
-      const PanelRow<T> row(p, exponential, token);
+      const PanelRow<T> row(p, exponential, token, few);
       for (int64_t first = first_class; first < last_class; first += slice) {
         A* const to = place(token - first_token, first - first_class);
         for_lanes<A>(first, std::min(first + slice, last_class), [&](int64_t i, auto count) {
