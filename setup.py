@@ -3,7 +3,7 @@
 FISHERKERN_CUDA  auto (CUDA sources join where nvcc and a CUDA torch are found), 0, 1 (fail without
                  them), link (nvcc alone is enough: everything is compiled and linked, for testing)
 FISHERKERN_CPP   auto (no compiler: a pure-Python package, said once), 0, 1 (fail without one)
-TORCH_CUDA_ARCH_LIST, MAX_JOBS, CXX, CUDA_HOME as everywhere else.
+TORCH_CUDA_ARCH_LIST, MAX_JOBS, CXX (also `ccache g++`), CUDA_HOME as everywhere else.
 """
 
 from __future__ import annotations

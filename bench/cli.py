@@ -91,12 +91,31 @@ def plan(arguments: argparse.Namespace) -> Plan:
     if arguments.plots and arguments.output is None:
         raise ValueError("--plots needs --output")
     dtypes = arguments.dtypes and tuple(arguments.dtypes)
+    if set(dtypes or ()) - set(family.written_for):
+        allowed = ", ".join(family.written_for)
+        raise ValueError(f"--dtypes of {family.name} are {allowed}, got {' '.join(dtypes)}")
     cases = registry.cases(family, arguments.device, ops=ops, dtypes=dtypes, shapes=shapes)
     names = arguments.providers and tuple(arguments.providers)
     known = {p.name for c in cases for p in providers.providers(family, c.device, c.dtype)}
     if names and set(names) - known:
         raise ValueError(f"--providers allows {sorted(known)}, got {sorted(set(names) - known)}")
-    return Plan(family, cases, names)
+    todo = Plan(family, cases, names)
+    if names and all(p.refusal(c) for c in cases for p in todo.chosen(c)):
+        raise ValueError(f"--providers {list(names)} compute none of the cases asked for")
+    return todo
+
+
+def _require_output(folder: Path) -> None:
+    """Make the folder and try its files, before anything is measured."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("results.csv", "results.json"):
+            new = not (folder / name).exists()
+            (folder / name).open("a").close()
+            if new:
+                (folder / name).unlink()
+    except OSError as error:
+        raise ValueError(f"--output {folder} cannot be written: {error}") from error
 
 
 def _print(text: str) -> None:
@@ -112,7 +131,11 @@ def run(arguments: argparse.Namespace) -> int:
     todo = plan(arguments)
     device, smoke = arguments.device, arguments.smoke
     if arguments.output is not None:
-        arguments.output.mkdir(parents=True, exist_ok=True)
+        _require_output(arguments.output)
+    if arguments.plots:
+        from fisherkern.bench import plots
+
+        plots.require()
     environment = results.environment(device)
     _print(report.environment(environment))
     outcome = Outcome()
@@ -132,8 +155,17 @@ def run(arguments: argparse.Namespace) -> int:
             outcome.extend(one)
         drift = None if smoke else ceilings.copy_bandwidth(device) / limits.copy_bandwidth
         sweep = _sweep(todo, options, device) if arguments.plots and not smoke else []
-    subjects = [n for c in todo.cases[:1] for n in providers.best(todo.chosen(c))]
-    bars = verdict.judge(outcome.results, outcome.ratios, todo.family, subjects, device)
+    # back ends differ with the dtype, so the first case does not tell
+    named = (name for case in todo.cases for name in providers.best(todo.chosen(case)))
+    subjects = list(dict.fromkeys(named))
+    bars = verdict.judge(
+        outcome.results,
+        outcome.ratios,
+        todo.family,
+        subjects,
+        device,
+        memory_asked=options.server is not None,
+    )
     bars = [] if smoke else bars
     _print(report.summary(outcome.results, outcome.ratios, bars, drift))
     if smoke:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Callable, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,16 @@ from fisherkern.bench.results import OK, Result
 _MARKERS = "os^vDPX*<>"
 
 
+def require() -> None:
+    """ValueError without matplotlib, which is not imported yet: it would make the heap large."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plots needs matplotlib, which is not installed")
+
+
 def _pyplot() -> Any:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ValueError("--plots needs matplotlib, which is not installed") from error
+    require()
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -74,7 +81,7 @@ def roofline(file: Path, results: Sequence[Result], ceilings: Ceilings) -> bool:
     for dtype, peak in ceilings.gemm_rate.items():
         roof = [min(x * ceilings.copy_bandwidth, peak) for x in span]
         axis.plot(span, roof, linewidth=1, label=f"copy bandwidth, {dtype} GEMM rate")
-    for name, marker in zip(_providers(rows), _MARKERS, strict=False):
+    for name, marker in zip(_providers(rows), cycle(_MARKERS), strict=False):
         mine = [r for r in rows if r.provider == name]
         x = [r.flops / r.floor_bytes for r in mine]
         y = [r.flops / (r.median_s or 1) for r in mine]
@@ -107,7 +114,7 @@ def memory(file: Path, results: Sequence[Result]) -> bool:
         return False
     figure, axes = _pyplot().subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False)
     for axis, (dimension, rest, group) in zip(axes[0], panels, strict=True):
-        for name, marker in zip(_providers(group), _MARKERS, strict=False):
+        for name, marker in zip(_providers(group), cycle(_MARKERS), strict=False):
             points = {
                 _dimensions(r)[dimension]: max((r.extra_bytes or 0) / 2**20, 1e-2)
                 for r in group

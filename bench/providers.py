@@ -121,5 +121,8 @@ def providers(family: Family, device: str, dtype: torch.dtype) -> list[Provider]
 
 def best(found: list[Provider]) -> list[str]:
     """The providers that the bars are for: what is served by default, and its out=."""
-    names = [p.name for p in found if p.kind == "ours" and not p.uses_out]
+    ours = [p for p in found if p.kind == "ours"]
+    # an out= that was asked for alone is judged too
+    ours = [p for p in ours if not p.uses_out] or ours
+    names = [p.name.removesuffix(" out=") for p in ours]
     return [names[0], f"{names[0]} out="] if names else []

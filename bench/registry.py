@@ -158,6 +158,8 @@ class Family:
     sweeps: tuple[Shape, ...] = ()
     """Shapes of the memory plot."""
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    written_for: tuple[str, ...] = ("float32", "bfloat16", "float16")
+    """Dtypes that its inputs, formulas and truths can have."""
     reference: bool = True
     """Whether the back end "reference" is run without being asked for."""
     automatic: bool = False

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fisherkern.bench import accuracy, woodbury
 from fisherkern.bench.registry import (
+    DTYPES,
     Allowance,
     Bar,
     Case,
@@ -224,6 +225,7 @@ FAMILY = register(
         memory=Allowance("2 GiB", lambda shape, threads: 2 << 30),
         warm_up=_warm_up,
         sweeps=((128, 49152, 64), (512, 49152, 64), (2048, 49152, 64)),
+        written_for=tuple(DTYPES),
         # in float64, as the truth
         reference=False,
         automatic=True,

@@ -97,21 +97,31 @@ def bandwidth(results: Sequence[Result], family: Family, subject: str) -> list[V
     return verdicts
 
 
-def memory(results: Sequence[Result], family: Family, subject: str) -> list[Verdict]:
-    """Largest extra memory over its allowance, which must be at most 1."""
+def memory(
+    results: Sequence[Result], family: Family, subject: str, asked: bool = False
+) -> list[Verdict]:
+    """Largest extra memory over its allowance, which must be at most 1.
+
+    A figure that is missing fails it where memory was `asked` for, or measured of anybody.
+    """
+    asked = asked or any(row.extra_bytes is not None for row in results)
+    mine = [row for row in results if row.provider == subject and row.status == OK]
+    absent = sum(row.extra_bytes is None for row in mine) if asked else 0
+    name = f"largest extra memory over its {family.memory.name}"
     worst: tuple[float, Result] | None = None
-    for row in results:
-        if row.provider == subject and row.status == OK and row.extra_bytes is not None:
+    for row in mine:
+        if row.extra_bytes is not None:
             shape = tuple(int(number) for number in re.findall(r"\d+", row.case))
             share = row.extra_bytes / family.memory.nbytes(shape, row.threads)
             worst = max(worst or (share, row), (share, row), key=lambda x: x[0])
+    missing = f"no memory for {absent} cases"
     if worst is None:
-        return []
+        return [Verdict(subject, name, None, 1.0, False, missing, True)] if absent else []
     share, row = worst
     extra = (row.extra_bytes or 0) / 2**20
     detail = f"most: {row.op} {row.case} {row.dtype}, {extra:.2f} MiB"
-    name = f"largest extra memory over its {family.memory.name}"
-    return [Verdict(subject, name, share, 1.0, share <= 1.0, detail, at_most=True)]
+    detail += f"; {missing}" if absent else ""
+    return [Verdict(subject, name, share, 1.0, share <= 1.0 and not absent, detail, at_most=True)]
 
 
 def shares(results: Sequence[Result], family: Family, subject: str) -> list[Verdict]:
@@ -140,6 +150,7 @@ def judge(
     family: Family,
     subjects: Sequence[str],
     device: str,
+    memory_asked: bool = False,
 ) -> list[Verdict]:
     """Every bar for each subject that took part: speed; on CPU memory, on CUDA bandwidth."""
     verdicts = []
@@ -150,6 +161,6 @@ def judge(
         if device == "cuda":
             verdicts += bandwidth(results, family, subject)
         else:
-            verdicts += memory(results, family, subject)
+            verdicts += memory(results, family, subject, memory_asked)
             verdicts += shares(results, family, subject)
     return verdicts

@@ -49,7 +49,7 @@ def apply(z: Tensor, r: Tensor, u: Tensor, d: Tensor, y: Tensor, c: Tensor) -> T
 
 def exact_apply(z: Tensor, r: Tensor, u: Tensor, d: Tensor, y: Tensor, c: Tensor) -> Tensor:
     """The same in float64."""
-    out = y.double()
+    out = y.to(torch.float64, copy=True)
     for part, p in _panels(z):
         out[part].addmm_(p.mT, c.double(), alpha=1 / math.sqrt(z.shape[0]))
     return d.double()[:, None] * out

@@ -7,6 +7,7 @@ torch is located, not imported, which saves seconds per phase of an install.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import platform
 import re
@@ -57,12 +58,29 @@ def _torch() -> tuple[Path, str, str | None] | None:
     return folder, version["__version__"], version["cuda"]
 
 
-def _compiler() -> str | None:
-    return shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
+def _compiler() -> list[str] | None:
+    """The command of the C++ compiler: CXX, perhaps with a launcher and options, or g++ or c++."""
+    given = os.environ.get("CXX", "")
+    if not given.strip():
+        default = shutil.which("g++") or shutil.which("c++")
+        return [default] if default else None
+    try:
+        first, *rest = shlex.split(given)
+    except ValueError:  # a quote that is not closed
+        return None
+    # what was asked for or nothing: another compiler would go unnoticed
+    found = shutil.which(first)
+    return [found, *rest] if found else None
 
 
-def _accepts(compiler: str, flags: list[str]) -> bool:
-    command = [compiler, *flags, "-fsyntax-only", "-x", "c++", os.devnull]
+def _without_launcher(command: list[str]) -> str:
+    """The compiler of ``ccache g++ -m64``: the last word before the options."""
+    words = list(itertools.takewhile(lambda word: not word.startswith("-"), command))
+    return words[-1]
+
+
+def _accepts(compiler: list[str], flags: list[str]) -> bool:
+    command = [*compiler, *flags, "-fsyntax-only", "-x", "c++", os.devnull]
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
@@ -101,7 +119,9 @@ def reason_against() -> str:
     if _torch() is None:
         reason = "torch is not installed in the building Python (use --no-build-isolation)"
     elif _compiler() is None:
+        given = os.environ.get("CXX", "")
         reason = "no C++ compiler (CXX, g++ or c++) was found"
+        reason = f"CXX is {given!r}, which was not found" if given.strip() else reason
     elif _ninja() is None:
         reason = "ninja was not found"
     elif not Path(sysconfig.get_paths()["include"], "Python.h").exists():
@@ -192,7 +212,7 @@ def extension(target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
 
     common = [
-        compiler,
+        *compiler,
         "-O3",
         "-std=c++20",
         "-fPIC",
@@ -208,7 +228,7 @@ def extension(target: Path) -> None:
     common += ["-DFISHERKERN_AMX"] if amx else []
     gencodes = architectures() if cuda else []
     information = [
-        f'-DFISHERKERN_COMPILER="{Path(compiler).name}"',
+        f'-DFISHERKERN_COMPILER="{Path(_without_launcher(compiler)).name}"',
         f'-DFISHERKERN_TORCH="{version}"',
     ]
     if cuda:
@@ -250,7 +270,7 @@ def extension(target: Path) -> None:
             "-Xcompiler",
             "-fPIC,-fvisibility=hidden",
         ]
-        command += ["-ccbin", compiler, "-Xptxas", "-v"]
+        command += ["-ccbin", _without_launcher(compiler), "-Xptxas", "-v"]
         for flag in gencodes:
             command += ["-gencode", flag]
         for source in sorted((SOURCES / "cuda").glob("*.cu")):
@@ -262,7 +282,7 @@ def extension(target: Path) -> None:
             )
         library = next((p for p in (root / "lib64", root / "lib") if p.exists()), root / "lib64")
         libraries += [f"-L{library}", "-lcudart_static", "-lrt", "-lpthread"]
-    build.link([compiler, "-shared"], libraries, target.resolve())
+    build.link([*compiler, "-shared"], libraries, target.resolve())
 
     (folder / "build.ninja").write_text("\n".join(build.lines) + "\n")
     jobs = os.environ.get("MAX_JOBS")

@@ -255,6 +255,17 @@ def generator(value: object, z: Tensor) -> torch.Generator | None:
     return value
 
 
+def overlaps_itself(x: Tensor) -> bool:
+    """Whether a stride is no longer than what the dimensions of shorter ones reach."""
+    reach = 0
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += (size - 1) * stride
+    return False
+
+
 def overwritable(value: object) -> Tensor:
     """Logits that an in-place op may write over."""
     z = logits(value)
@@ -262,7 +273,7 @@ def overwritable(value: object) -> Tensor:
         raise ValueError(
             "logits requires grad; an in-place op cannot write over it: detach it first"
         )
-    if any(size > 1 and step == 0 for size, step in zip(z.shape, z.stride(), strict=True)):
+    if overlaps_itself(z):
         raise ValueError(
             f"logits has strides {z.stride()}: its elements share memory; clone it first"
         )
@@ -343,6 +354,11 @@ def positive(name: str, value: object) -> float:
 def damping(value: object) -> float:
     """A finite number above zero."""
     return positive("damping", value)
+
+
+def softcap(value: object) -> float:
+    """A number whose square and its reciprocal are float32."""
+    return number("softcap", value, 1e-18, 1e18)
 
 
 def head_weight(value: object, h: Tensor) -> Tensor:

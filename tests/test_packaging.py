@@ -65,6 +65,8 @@ def test_sdist_holds_every_tracked_source(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
     assert set(tracked.split()) - held == set()
+    # half of the tests, and what runs wrote, would be of no use there
+    assert not [name for name in held if name.startswith(("tests/", "bench/results/"))]
 
 
 def test_wheel_from_the_sdist_has_the_extension(sdist: Path, tmp_path: Path) -> None:
@@ -81,13 +83,21 @@ def test_wheel_without_a_compiler_is_pure_python_and_works(sdist: Path, tmp_path
     origin, *available = report(target)
     assert origin.startswith(str(target))
     assert available == ["reference"]
+    package = target / "fisherkern"
+    assert (package / "py.typed").is_file()
+    files = [p for p in package.rglob("*") if p.is_file()]
+    assert {p.suffix for p in files} <= {".py", ".pyc", ".typed"}
 
 
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
         ({"FISHERKERN_CUDA": "yes"}, "FISHERKERN_CUDA is 'yes'; allowed are auto, 0, 1, link"),
-        ({"FISHERKERN_CPP": "1", "PATH": ""}, "FISHERKERN_CPP=1, but no C++ compiler"),
+        ({"FISHERKERN_CPP": "1", "PATH": "", "CXX": ""}, "FISHERKERN_CPP=1, but no C++ compiler"),
+        (
+            {"FISHERKERN_CPP": "1", "CXX": "no-such-g++ -m64"},
+            "FISHERKERN_CPP=1, but CXX is 'no-such-g++ -m64', which was not found",
+        ),
         ({"FISHERKERN_CUDA": "link", "PATH": "/bin:/usr/bin"}, "nvcc was not found"),
         ({"FISHERKERN_CUDA": "link", "TORCH_CUDA_ARCH_LIST": "9"}, "TORCH_CUDA_ARCH_LIST has '9'"),
     ],
@@ -111,6 +121,18 @@ def test_build_that_cannot_be_done_says_why(
     )
     assert done.returncode != 0
     assert message in done.stderr
+
+
+def test_compiler_command_keeps_its_launcher_and_options() -> None:
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from csrc import build\n"
+        "command = build._compiler()\n"
+        "print(command[1:], build._without_launcher(command), build._accepts(command, []))"
+    )
+    given = {"CXX": "env LC_ALL=C g++ '-DNAME=a b'"}
+    said = run(sys.executable, "-c", code, cwd=ROOT, **given)
+    assert said == "['LC_ALL=C', 'g++', '-DNAME=a b'] g++ True\n"
 
 
 def test_gpu_target_says_in_one_line_that_there_is_no_device() -> None:

@@ -1,7 +1,5 @@
 // How work on panels is shared out among threads, and where panels live.
 #pragma once
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
@@ -15,6 +13,7 @@
 #endif
 
 #include "panel_product.h"
+#include "parallel.h"
 
 namespace fisherkern {
 
@@ -26,7 +25,7 @@ inline int64_t rounded_up(int64_t value, int64_t multiple) {
 template <class Task>
 void share_out(int64_t count, Task&& task) {
   std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, count, 1, [&](int64_t, int64_t) {
+  parallel_for(0, count, 1, [&](int64_t, int64_t) {
     for (int64_t i; (i = next++) < count;) task(i);
   });
 }
@@ -35,7 +34,7 @@ void share_out(int64_t count, Task&& task) {
 template <class Make, class Task>
 void share_out(int64_t count, Make&& make, Task&& task) {
   std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, count, 1, [&](int64_t, int64_t) {
+  parallel_for(0, count, 1, [&](int64_t, int64_t) {
     int64_t i = next++;
     if (i >= count) return;
     const auto own = make();
@@ -139,7 +138,7 @@ struct Shares {
 
 // The sums of the splits of a product, one after the other.
 inline void add_splits(const PanelKernels& kernels, const PanelProduct& p) {
-  torch::stable::parallel_for(0, p.heads * p.rows, 64, [&](int64_t first, int64_t last) {
+  parallel_for(0, p.heads * p.rows, 64, [&](int64_t first, int64_t last) {
     kernels.add_splits(p, first, last);
   });
 }

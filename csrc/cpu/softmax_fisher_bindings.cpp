@@ -1,6 +1,5 @@
 // The CPU kernels as implementations of the native ops: tokens are shared out among threads.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <vector>
@@ -21,7 +20,9 @@ Rows destination(SoftmaxFisher& f, const Tensor& out, const Tensor& logits) {
   const Rows rows = rows_of(out, logits, "out");
   const int64_t width = f.dtype == DType::float64 ? 8 : f.dtype == DType::float32 ? 4 : 2;
   const int64_t last = (f.batches - 1) * rows.batch_stride + (f.tokens - 1) * rows.token_stride;
-  f.past_caches = write_past_caches(rows.data, (last + f.classes) * width);
+  // streams are of whole vectors of elements, which memory from elsewhere may not be aligned to
+  f.past_caches = reinterpret_cast<uintptr_t>(rows.data) % width == 0 &&
+                  write_past_caches(rows.data, (last + f.classes) * width);
   return rows;
 }
 
@@ -29,7 +30,7 @@ template <class Body>
 void for_tokens(const SoftmaxFisher& f, Body&& body) {
   // a row is worth a thread from about 4096 classes on
   const int64_t grain = std::max<int64_t>(1, 4096 / f.classes);
-  torch::stable::parallel_for(0, f.batches * f.tokens, grain, body);
+  parallel_for(0, f.batches * f.tokens, grain, body);
 }
 
 template <class Kernel>
@@ -101,12 +102,12 @@ void token_sum(Kernel kernel, const Tensor& logits, const Optional& weights,
   // the first part is summed where the result goes
   PanelMemory own;
   char* const sums = scratch_of((parts - 1) * bytes, own);
-  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part)
       kernel(f, part ? sums + (part - 1) * bytes : to, part * T / parts, (part + 1) * T / parts);
   });
   const auto add = FISHERKERN_KERNEL(add_partials);
-  torch::stable::parallel_for(0, f.classes, 8192, [&](int64_t begin, int64_t end) {
+  parallel_for(0, f.classes, 8192, [&](int64_t begin, int64_t end) {
     add(f, sums, parts - 1, to, begin, end);
   });
 }
@@ -191,7 +192,7 @@ void panel(const Tensor& logits, const Tensor& reference, const Tensor& unit, co
   const int64_t blocks = (V + kClasses - 1) / kClasses;
   const int64_t width = p.rows.dtype == DType::float64 ? sizeof(double) : sizeof(float);
   const auto kernel = FISHERKERN_KERNEL(panel);
-  torch::stable::parallel_for(
+  parallel_for(
       0, (T + kTokens - 1) / kTokens * blocks, 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
           const int64_t token = i / blocks * kTokens, first = i % blocks * kClasses;

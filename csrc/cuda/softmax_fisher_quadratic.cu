@@ -2,6 +2,9 @@
 //
 // Pairs of directions are computed in tiles: the diagonal tiles by the symmetric kernel, grid (T,
 // tiles), the others, grid (T, pairs of tiles), with their mirror image. One direction is a tile.
+#include <algorithm>
+#include <climits>
+
 #include "row_kernel.cuh"
 #include "softmax_fisher.h"
 
@@ -21,12 +24,12 @@ __device__ inline void unrank(int pair, int& row, int& column) {
 template <class T, int kSide, bool kSymmetric>
 __global__ void __launch_bounds__(kThreads, kSide == 1 ? 4 : 1)
     quadratic_kernel(const Problem problem, const Rows directions, int64_t direction_stride,
-                     int count, float* out) {
+                     int count, int first, float* out) {
   using State = Moments<kSide, kSide, kSymmetric>;
   constexpr int kInputs = State::kInputs, kSize = Packet<T>::kSize;
   const int64_t token = blockIdx.x;
   int left = blockIdx.y, right = blockIdx.y;
-  if constexpr (!kSymmetric) unrank(blockIdx.y, left, right);
+  if constexpr (!kSymmetric) unrank(first + blockIdx.y, left, right);
   left *= kSide, right *= kSide;
   float* const covariance = out + token * count * count;
 
@@ -75,17 +78,20 @@ int softmax_fisher_quadratic(const SoftmaxFisher& problem, Rows directions,
                              int64_t direction_stride, int64_t count, float* out, void*,
                              void* stream) {
   const int64_t tiles = (count + kTile - 1) / kTile, pairs = tiles * (tiles - 1) / 2;
-  if (count < 1 || pairs > 65535) return cudaErrorInvalidValue;
+  constexpr int64_t kMost = 65535;  // of a grid in y
+  if (count < 1 || tiles > kMost || pairs > INT_MAX) return cudaErrorInvalidValue;
   return dispatch(problem, [&](auto type) {
     using T = decltype(type);
-    const auto run = [&](auto kernel, int64_t y) {
+    const auto run = [&](auto kernel, int64_t y, int64_t first = 0) {
       return launch(kernel, dim3(token_count(problem), static_cast<unsigned>(y)), kThreads, 0,
                     stream, Problem(problem), directions, direction_stride,
-                    static_cast<int>(count), out);
+                    static_cast<int>(count), static_cast<int>(first), out);
     };
     if (count == 1) return run(quadratic_kernel<T, 1, true>, 1);
-    const int error = run(quadratic_kernel<T, kTile, true>, tiles);
-    return error || pairs == 0 ? error : run(quadratic_kernel<T, kTile, false>, pairs);
+    int error = run(quadratic_kernel<T, kTile, true>, tiles);
+    for (int64_t first = 0; first < pairs && !error; first += kMost)
+      error = run(quadratic_kernel<T, kTile, false>, std::min(pairs - first, kMost), first);
+    return error;
   });
 }
 

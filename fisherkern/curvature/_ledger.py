@@ -64,7 +64,10 @@ class Ledger:
         self._restore(name)
 
     def close(self, terms: float) -> None:
-        """Count the terms of a pass: of layers without a call too, for their gradient is zero."""
+        """Count the terms of a pass: of layers without a call too, for their gradient is zero.
+
+        Not of layers that are frozen now: it is not computed then, and their averages wait.
+        """
         if not self._received and not self._failed and terms > 0:
             warnings.warn(
                 "no gradient came to any layer, and nothing is counted: the passes forward and "
@@ -74,7 +77,8 @@ class Ledger:
                 stacklevel=4,
             )
             return
-        self._count(terms, set(self._layers) - self._failed | self._received)
+        trained = {name for name, kept in self._layers.items() if kept.layer.trained}
+        self._count(terms, trained - self._failed | self._received)
 
     def abandon(self, terms: float) -> None:
         """A pass was broken off: take back what can be, and count the terms of what cannot."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fisherkern.curvature._finite import all_finite
 from fisherkern.curvature._ledger import Ledger
-from fisherkern.curvature._tap import Call
+from fisherkern.curvature._tap import Call, is_foreign
 from fisherkern.curvature.head import WideCurvature
 from fisherkern.curvature.layers import shared_by_samples
 from fisherkern.curvature.structures import LayerCurvature
@@ -22,6 +22,7 @@ class Batch:
     """The batch that is followed, as far as it is known."""
 
     active: bool = False
+    number: int = 0
     mask: Tensor | None = None
     shape: torch.Size = field(default_factory=torch.Size)
     """[B, *positions] of its tokens."""
@@ -59,6 +60,11 @@ class Receiver:
         self.missing: str | None = NEVER_CALLED
         """Why the layer has no curvature; None once a gradient came."""
 
+    @property
+    def batch(self) -> int:
+        """The number of the batch that is open."""
+        return self._batch.number
+
     def follow(self) -> bool:
         """Whether a call is to be followed; asked before it."""
         if self._batch.active:
@@ -82,6 +88,9 @@ class Receiver:
         """Add the gradient of a call, and its inputs where they were not."""
         batch, layer = self._batch, self._layer
         if batch.scale is None or not self._ledger.takes(self.name):
+            return
+        # mask, scale and number of terms are those of the open batch; its loss is not another's
+        if call.batch != batch.number or is_foreign(batch):
             return
         g = layer.by_sample(gradient, batch.shape)
         lead = layer.lead(g)

@@ -29,6 +29,8 @@ Output = tuple[int, int]
 class Call:
     """One call of a module."""
 
+    batch: int
+    """The number of the batch that it was made in."""
     counted: bool = False
     """Whether its inputs were added, which every gradient of it comes with."""
 
@@ -37,6 +39,10 @@ class Receiver(Protocol):
     """What is told of the calls of a module."""
 
     name: str
+
+    @property
+    def batch(self) -> int:
+        """The number of the batch that is open."""
 
     def follow(self) -> bool:
         """Whether to follow the call that comes."""
@@ -148,7 +154,7 @@ def _is_whole(view: Tensor) -> bool:
 
 
 def _followed(kept: Kept, receiver: Receiver, shape: torch.Size) -> Callable[[Tensor | None], None]:
-    call = Call()
+    call = Call(receiver.batch)
 
     def hook(gradient: Tensor | None) -> None:
         if gradient is None or kept.gone:
@@ -197,10 +203,26 @@ def furthest(root: Node | None, outputs: Iterable[Output]) -> list[GradientEdge]
     return found
 
 
+_passing: list[object] = []
+
+
 def differentiate(
-    outputs: Tensor, ends: list[GradientEdge], gradient: Tensor | None = None
+    outputs: Tensor, ends: list[GradientEdge], gradient: Tensor | None, of: object
 ) -> None:
-    """A backward pass to `ends`; the graph stays if it is one of several, of a given gradient."""
-    if ends:
-        keep = gradient is not None
+    """A backward pass to `ends`; the graph stays if it is one of several, of a given gradient.
+
+    It is meant for the receivers of one capture: others know it by :func:`is_foreign`.
+    """
+    if not ends:
+        return
+    keep = gradient is not None
+    _passing.append(of)
+    try:
         torch.autograd.grad(outputs, ends, gradient, retain_graph=keep, allow_unused=True)
+    finally:
+        _passing.pop()
+
+
+def is_foreign(of: object) -> bool:
+    """Whether the backward pass that is going on is one that another capture makes."""
+    return bool(_passing) and _passing[-1] is not of

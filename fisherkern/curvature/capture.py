@@ -223,6 +223,7 @@ class Capture:
             for curvature in self.layers.values():
                 curvature.begin_step()
         self._batch.active, self._batch.mask = True, mask
+        self._batch.number += 1
         self._batch.shape = torch.Size() if mask is None else mask.shape
         self._ledger.open()
         if counted is not None:
@@ -316,7 +317,7 @@ class Capture:
                 f"loss has shape {list(loss.shape)} and requires_grad {loss.requires_grad}; "
                 "expected a scalar that requires grad"
             )
-        differentiate(loss, self._ends(loss))
+        differentiate(loss, self._ends(loss), None, self._batch)
 
     def add_hidden(
         self,
@@ -409,7 +410,7 @@ class Capture:
         ends = self._ends(outputs)
         try:
             for gradient in passes:
-                differentiate(outputs, ends, gradient)
+                differentiate(outputs, ends, gradient, self._batch)
                 if sampled:
                     self._ledger.close(terms)
             if not sampled:
@@ -433,6 +434,7 @@ class Capture:
             "options": {option: getattr(self, option) for option in _OPTIONS},
             "samples": self._samples,
             "missing": {name: receiver.missing for name, receiver in self._receivers.items()},
+            "heads_first": {name: kept.layer.heads_first for name, kept in self.layers.items()},
             "layers": {name: curvature.state_dict() for name, curvature in self.layers.items()},
         }
 
@@ -447,6 +449,7 @@ class Capture:
         for name, curvature in self.layers.items():
             curvature.load_state_dict(state["layers"][name])
             self._receivers[name].missing = state["missing"][name]
+            curvature.layer.heads_first = state.get("heads_first", {}).get(name)
         self._samples = state["samples"]
 
     def check_state(self, state: Mapping[str, Any]) -> None:

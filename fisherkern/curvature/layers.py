@@ -33,12 +33,18 @@ class Layer(ABC):
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name, self.module = name, module
-        self._heads_first: bool | None = None  # of calls on [B, heads, S], once one of them told
+        self.heads_first: bool | None = None
+        """Of calls on [B, heads, S] or [B, S, heads], once one of them told."""
         self.parameters = {
             role: p
             for role, p in module.named_parameters(recurse=False)
             if role in ("weight", "bias") and p.requires_grad
         }
+
+    @property
+    def trained(self) -> bool:
+        """Whether a parameter requires grad now."""
+        return any(p.requires_grad for p in self.parameters.values())
 
     @property
     def bias(self) -> bool:
@@ -82,14 +88,14 @@ class Layer(ABC):
         if not (first or last):
             return False
         if not (first and last):
-            self._heads_first = last
-        elif self._heads_first is None and not bool(mask.all()):
+            self.heads_first = last
+        elif self.heads_first is None and not bool(mask.all()):
             raise ValueError(
                 f"mask has shape {list(mask.shape)}, but {self.name} was called on tokens of shape "
                 f"{list(lead)}, of which it may be over the first two dimensions or over the first "
                 f"and the last. Pad to another length, or leave the layer out with `layers`"
             )
-        return bool(self._heads_first)
+        return bool(self.heads_first)
 
     def used(self, x: Callable[[], Tensor], mask: Tensor | None) -> Tensor | None:
         """Of the tokens that count, [B, S], those that reach the parameters."""

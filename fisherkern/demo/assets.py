@@ -166,7 +166,13 @@ def fetch(asset: Asset) -> Path:
                 f"{asset.title} cannot be stored in {path.parent}: {error}. Free space there, or "
                 f"set FISHERKERN_CACHE to another folder, or pass {asset.instead}."
             ) from error
-    found = sha256(path)
+    try:
+        found = sha256(path)
+    except OSError as error:
+        raise ChecksumError(
+            f"{path} was changed or damaged: {error}. Delete it and run again, or pass "
+            f"{asset.instead}."
+        ) from error
     if found != asset.sha256:
         raise ChecksumError(
             f"{path} was changed or damaged: its SHA-256 is {found}, expected {asset.sha256}. "

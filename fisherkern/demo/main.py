@@ -30,6 +30,7 @@ from fisherkern.demo import (
 from fisherkern.demo.errors import DemoError
 
 _ALWAYS = ("transformers", "safetensors", "matplotlib", "tqdm")
+_PLOT = "trace.png"
 _DEFAULT_MODEL = ("gguf", "sentencepiece", "accelerate")
 
 
@@ -53,18 +54,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--windows", type=_positive, default=2, help="passages to read (default: %(default)s)"
     )
     parser.add_argument(
-        "--tokens", type=_positive, default=512, help="tokens per passage (default: %(default)s)"
+        "--tokens", type=_tokens, default=512, help="tokens per passage (default: %(default)s)"
     )
     parser.add_argument(
         "--top", type=_positive, default=6, help="tokens to list (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of v and the draws (default: 0)")
+    parser.add_argument("--seed", type=_seed, default=0, help="of v and the draws (default: 0)")
 
 
 def _positive(value: str) -> int:
     number = int(value)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{value} is not a positive number")
+    return number
+
+
+def _tokens(value: str) -> int:
+    number = int(value)
+    if number < 2:
+        raise argparse.ArgumentTypeError(f"{value} leaves nothing to predict; at least 2 do")
+    return number
+
+
+def _seed(value: str) -> int:
+    number = int(value)
+    if not 0 <= number < 2**63:
+        raise argparse.ArgumentTypeError(f"{value} is not in 0 to 2**63 - 1")
     return number
 
 
@@ -120,6 +135,17 @@ def _output_folder(folder: Path) -> Path:
     except OSError as error:
         raise DemoError(
             f"--output {folder} cannot be made: {error}. Pass a folder you can write to."
+        ) from error
+    path = folder / _PLOT
+    try:
+        # opened now, since everything else runs before the plot is written
+        new = not path.exists()
+        path.open("ab").close()
+        if new:
+            path.unlink()
+    except OSError as error:
+        raise DemoError(
+            f"--output {folder} cannot be written: {error}. Pass a folder you can write to."
         ) from error
     return folder
 
@@ -204,7 +230,7 @@ def _tell(
     print(report.summary(facts))
     print(report.expected_words(facts, tokenizer))
     print("\n" + report.places(facts, tokenizer, count))
-    path = folder / "trace.png"
+    path = folder / _PLOT
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         plot.save(facts, path, language_model.name, title)

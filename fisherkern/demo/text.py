@@ -67,12 +67,17 @@ def windows(texts: list[str], tokenizer: Any, count: int, length: int) -> Window
     """Up to `count` windows of up to `length` tokens: first windows of all texts, then second ones.
 
     Raises:
-        DemoError: no text has two tokens.
+        DemoError: no text has two tokens, or a window has no room for a prediction.
     """
     encoded = [tokenise(text, tokenizer) for text in texts]
     first = _first_token(tokenizer)
     body = length - len(first)
     longest = max(len(ids) for ids, _ in encoded)
+    if length < 2 or body < 1:
+        raise DemoError(
+            f"windows of {length} tokens leave nothing to predict. Pass --tokens 2 or more, and a "
+            "model that reads as many."
+        )
     if longest < 2:
         raise DemoError("the text has fewer than two tokens. Pass --text a file with more text.")
     body = min(body, longest)

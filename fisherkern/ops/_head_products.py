@@ -37,7 +37,15 @@ def head_logits(
 
 def head_pull(rows: Tensor, weight: Tensor, out: Tensor) -> None:
     """Out [T, d] = rows [T, V] times W [V, d]."""
-    _multiply(rows.to(weight.dtype), weight, out)
+    if weight.dtype != torch.float16 or rows.dtype == torch.float16:
+        _multiply(rows.to(weight.dtype), weight, out)
+        return
+    # weights and temperatures are in the rows: the range of float16 is left to their shape
+    size = torch.linalg.vector_norm(rows, torch.inf, dim=1, keepdim=True)
+    size = torch.where(size > 0, size, 1)
+    narrow = torch.empty_like(rows, dtype=torch.float16)
+    _multiply(torch.div(rows, size, out=narrow), weight, out)
+    out *= size
 
 
 def head_squares(rows: Tensor, hidden: Tensor, beta: float, out: Tensor) -> None:

@@ -11,14 +11,16 @@ import math
 import torch
 from torch import Tensor
 
+from fisherkern import checks
 from fisherkern.ops._library import define
 
 
 def _checked_weights(weights: Tensor, dtype: torch.dtype) -> Tensor:
-    good = (weights >= 0) & weights.isfinite()
+    good = (weights >= 0) & weights.to(dtype).isfinite()
     if weights.device.type == "cpu" and not bool(good.all()):
         bad = weights[~good][0].item()
-        raise ValueError(f"weights holds {bad}; allowed are finite values >= 0")
+        kind = "values" if math.isinf(bad) or not bad > 0 else str(dtype).removeprefix("torch.")
+        raise ValueError(f"weights holds {bad}; allowed are finite {kind} >= 0")
     return torch.where(good, weights.to(dtype), torch.nan)
 
 
@@ -55,17 +57,6 @@ def _extent(x: Tensor) -> tuple[int, int]:
     return start, start + (steps + 1) * x.element_size()
 
 
-def _overlaps_itself(x: Tensor) -> bool:
-    """Whether a stride is no longer than what the dimensions of shorter ones reach."""
-    reach = 0
-    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
-        if size > 1:
-            if stride <= reach:
-                return True
-            reach += (size - 1) * stride
-    return False
-
-
 def _side_by_side(a: Tensor, b: Tensor) -> bool:
     """Whether rows of both come at one distance, in which they lie apart: columns of one buffer."""
     if not (a.ndim and b.ndim):
@@ -84,7 +75,7 @@ def check_disjoint(
     out: Tensor, inputs: dict[str, Tensor | None], hint: str = "", name: str = "out"
 ) -> None:
     """The destination shares no memory with an input, nor one element with another."""
-    if out.numel() and _overlaps_itself(out):
+    if out.numel() and checks.overlaps_itself(out):
         raise ValueError(f"{name} has strides {out.stride()}: several of its elements share memory")
     start, stop = _extent(out)
     for other, value in inputs.items():

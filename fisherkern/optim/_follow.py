@@ -27,6 +27,7 @@ from fisherkern.curvature._models import (
     named,
     tell_shape,
 )
+from fisherkern.optim._ranks import Ranks
 
 
 class Follower:
@@ -35,6 +36,7 @@ class Follower:
     Args:
         capture: of the model.
         model: whose forward pass is followed.
+        ranks: that share it.
         mask_of: gives the mask of the batch, from positional and keyword arguments.
         logits_of: gives the logits [B, ..., V], from what the model returns.
         terms_of: gives the mask of the terms of the loss, from keyword arguments and logits.
@@ -46,6 +48,7 @@ class Follower:
         self,
         capture: Capture,
         model: nn.Module,
+        ranks: Ranks,
         mask_of: Callable[[tuple[Any, ...], Arguments], Tensor | None] | None,
         logits_of: Callable[[Any], Tensor] | None,
         terms_of: Callable[[Arguments, Tensor], Tensor | None] | None,
@@ -57,8 +60,10 @@ class Follower:
         self._causal = causal = is_causal(model)
         self._terms_of = terms_of or (lambda kwargs, z: default_terms(kwargs, z, causal))
         self._loss_scale = loss_scale
+        self._ranks, self._shard = ranks, (0, 1)
         self.due = True
-        self._new_step = True
+        self.new_step = True
+        """Whether what comes next is the first batch of a step."""
         self._open: AbstractContextManager[Any] | None = None
         self._share = 1.0  # of the batch that is open
         self._follows = False  # the call of the model that is going on
@@ -81,7 +86,7 @@ class Follower:
     def end_step(self) -> None:
         """The gradients of a step are complete: what comes next is a new step."""
         self.close()
-        self._new_step = True
+        self.new_step = True
 
     def close(self, error: BaseException | None = None) -> None:
         """Close the batch that is open, if any."""
@@ -100,10 +105,14 @@ class Follower:
         if self._capture.fisher_type == "empirical":  # how many terms, the logits will tell
             self._share = _share(named(model, args, kwargs), self._causal)
             options = {"terms": 0.0, "loss_scale": self._loss_scale() * self._share}
+        shard = (self._ranks.rank, self._ranks.size)
+        if shard != self._shard:
+            self._capture.number_samples(rank=shard[0], ranks=shard[1])
+            self._shard = shard
         mask = self._mask_of(args, kwargs)
-        opened = self._capture.batch(mask=mask, new_step=self._new_step, **options)
+        opened = self._capture.batch(mask=mask, new_step=self.new_step, **options)
         opened.__enter__()
-        self._open, self._new_step, self._follows = opened, False, True
+        self._open, self.new_step, self._follows = opened, False, True
 
     def _after(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any

@@ -30,6 +30,10 @@ Make = Callable[[str, LayerCurvature], Solver | None]
 """Gives the solver of the layer of a name, for this curvature."""
 
 
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
 class Ranks:
     """The ranks that share a model: one, unless torch.distributed was set up.
 
@@ -47,9 +51,16 @@ class Ranks:
                 f"{type(group).__name__}"
             )
         self.group = group
-        on = dist.is_available() and dist.is_initialized()
-        self.size = dist.get_world_size(group) if on else 1
-        self.rank = dist.get_rank(group) if on else 0
+
+    @property
+    def size(self) -> int:
+        """How many there are now: optimizers are made before Trainer sets up torch.distributed."""
+        return dist.get_world_size(self.group) if _distributed() else 1
+
+    @property
+    def rank(self) -> int:
+        """Which of them this is."""
+        return dist.get_rank(self.group) if _distributed() else 0
 
     def owners(self, layers: Mapping[str, LayerCurvature]) -> dict[str, int]:
         """The rank that makes the solver of each layer: costly ones first, to who has least."""

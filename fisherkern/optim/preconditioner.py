@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -136,10 +137,10 @@ class KFACPreconditioner:
         self._solvers: dict[str, Solver] = {}
         self._warned: set[str] = set()
         self._told = False  # that nothing was captured
-        self._owners = self._ranks.owners(self.capture.layers)
-        self.capture.number_samples(rank=self._ranks.rank, ranks=self._ranks.size)
+        self._inverse_damping = self.damping  # of the last refresh
         self.capture.attach()
-        self._follower = Follower(self.capture, inner, mask_of, logits_of, terms_of, loss_scale)
+        readers = (mask_of, logits_of, terms_of)
+        self._follower = Follower(self.capture, inner, self._ranks, *readers, loss_scale)
 
     def detach(self) -> None:
         """Take the hooks off the model."""
@@ -173,7 +174,8 @@ class KFACPreconditioner:
         elif self._follower.due:
             self._reestimate()
         owned = None if params is None else {id(p) for p in params}
-        replaced = self._replace(lr if callable(lr) else lambda _: lr, owned)
+        with self._no_autocast():
+            replaced = self._replace(lr if callable(lr) else lambda _: lr, owned)
         self.steps += 1
         self._follower.due = _due(self.steps, self.factor_update_period)
         if not self.capture.called and not self._told:
@@ -187,13 +189,18 @@ class KFACPreconditioner:
 
     def refresh(self) -> None:
         """Make the inverses from the curvature as it is now."""
+        with self._no_autocast():
+            self._refresh()
+
+    def _refresh(self) -> None:
         damping = Damping(self.damping, self.damping_mode, self.inverse)
-        layers = self.capture.layers
+        layers, owners = self.capture.layers, self._ranks.owners(self.capture.layers)
+        self._inverse_damping = self.damping
 
         def make(name: str, joint: LayerCurvature) -> Solver | None:
             return solver(joint, damping, self._solvers.get(name))
 
-        for name, made in self._ranks.solvers(layers, self._owners, make):
+        for name, made in self._ranks.solvers(layers, owners, make):
             if isinstance(made, Exception):
                 self._warn(name, made, self._solvers.get(name))
             elif made is not None:
@@ -211,7 +218,7 @@ class KFACPreconditioner:
             if isinstance(curvature, EigenCurvature) and isinstance(made, Eigenbases):
                 moments = self._ranks.mean(curvature.moments)
                 if all_finite([moments]):
-                    made.denominators = moments + self.damping
+                    made.denominators = moments + self._inverse_damping
 
     def _warn(self, name: str, error: Exception, before: Solver | None) -> None:
         if name in self._warned:
@@ -264,6 +271,10 @@ class KFACPreconditioner:
 
         F is that of all ranks, on every one of which this has to be called.
         """
+        with self._no_autocast():
+            return self._quadratic(changes)
+
+    def _quadratic(self, changes: Mapping[nn.Parameter, Tensor]) -> float:
         total = 0.0
         for curvature in self.capture.layers.values():
             layer = curvature.layer
@@ -280,8 +291,15 @@ class KFACPreconditioner:
 
     def average(self, value: float) -> float:
         """The mean of a number over the ranks, on every one of which this has to be called."""
-        device = next(iter(self.capture.layers.values())).device
-        return self._ranks.average(value, device)
+        return self._ranks.average(value, self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self.capture.layers.values())).device
+
+    def _no_autocast(self) -> AbstractContextManager[Any]:
+        # the optimizers of torch take no notice of it either
+        return torch.autocast(self._device.type, enabled=False)
 
     # ---- what is known --------------------------------------------------------------------------
 
@@ -312,10 +330,16 @@ class KFACPreconditioner:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Curvature, inverses and the number of steps, for torch.save; copies."""
+        """Curvature, inverses and the number of steps, for torch.save; copies.
+
+        Gradients that came since the last step belong to the curvature from now on.
+        """
+        self._follower.close()
         return {
             "steps": self.steps,
             "damping": self.damping,
+            "inverse_damping": self._inverse_damping,
+            "new_step": self._follower.new_step,
             "capture": self.capture.state_dict(),
             "solvers": {name: saved(made) for name, made in self._solvers.items()},
         }
@@ -334,6 +358,8 @@ class KFACPreconditioner:
         self.capture.load_state_dict(state["capture"])
         self._solvers = solvers
         self.steps, self.damping = state["steps"], state["damping"]
+        self._inverse_damping = state.get("inverse_damping", self.damping)
+        self._follower.new_step = state.get("new_step", True)
         self._follower.due = _due(self.steps, self.factor_update_period)
 
     def check_state(self, state: Mapping[str, Any]) -> None:

@@ -30,4 +30,4 @@ def normalised(weights: Tensor | None, logits: Tensor, reduction: str) -> Tensor
         # torch.Size.numel, or a quotient to fill with, would fix the number under torch.export
         return torch.ones(lead, dtype=dtype, device=logits.device) / max(math.prod(lead), 1)
     total = weights.sum(dtype=torch.float64)  # of float32 weights the sum may be too large for it
-    return torch.where(total == 0, 0.0, weights / total).to(weights.dtype)
+    return torch.where(total == 0, 0.0, weights.double() / total).to(weights.dtype)

@@ -255,10 +255,10 @@ def cross_update(
     outer, inner, width = x.shape
     height = g.shape[-1]
     tokens = outer * inner
-    if form == "samples" and inner == 1:
-        # the square of a product is the product of squares: no step is filled up with nothing
+    if form == "samples" and inner == 1 and weights is None:
+        # the square of a product is the product of squares: no step is filled up with nothing;
+        # the square of a weight may be beyond float32 where that of its product is not
         form = "squares"
-        weights = None if weights is None else weights * weights
     family = "sums" if form == "product" else form
     arithmetic = arithmetic_of(x.dtype, weights is not None, form == "squares", precision)
     block, step, warps, stages = tile_launch(family, arithmetic, max(height, width), g, x)

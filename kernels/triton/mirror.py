@@ -18,12 +18,15 @@ WARPS = 4
 
 
 @triton.jit
-def mirror_kernel(factor_ptr, factor_head, factor_row, factor_column, width, BLOCK: tl.constexpr):
+def mirror_kernel(
+    factor_ptr, factor_head, factor_row, factor_column, width, tiles, BLOCK: tl.constexpr
+):
     """One tile of factor [H, D, D]."""
-    i, j = pair_of(tl.program_id(0))
+    head = tl.program_id(0) // tiles
+    i, j = pair_of(tl.program_id(0) - head * tiles)
     rows = (i * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     columns = (j * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    factor_ptr += tl.program_id(1).to(tl.int64) * factor_head
+    factor_ptr += head.to(tl.int64) * factor_head
     below = (columns[None, :] < rows[:, None]) & (rows[:, None] < width)
     lower = factor_ptr + rows[:, None] * factor_row + columns[None, :] * factor_column
     upper = factor_ptr + columns[:, None] * factor_row + rows[None, :] * factor_column
@@ -35,11 +38,13 @@ def mirror(factor: Tensor) -> None:
     """Copy the lower triangle of factor [H, D, D], any strides, onto the upper one."""
     heads, width, _ = factor.shape
     blocks = triton.cdiv(width, BLOCK)
+    tiles = blocks * (blocks + 1) // 2
     with on_device(factor):
-        mirror_kernel[(blocks * (blocks + 1) // 2, heads)](
+        mirror_kernel[(heads * tiles,)](
             factor,
             *factor.stride(),
             width,
+            tiles,
             BLOCK=BLOCK,
             num_warps=WARPS,
         )

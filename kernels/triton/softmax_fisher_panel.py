@@ -35,8 +35,10 @@ def panel_kernel(
     CLASSES: tl.constexpr,
 ):
     """One tile."""
-    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    column = tl.program_id(0) * CLASSES + tl.arange(0, CLASSES)
+    tiles = tl.cdiv(classes, CLASSES)
+    row_of_tiles = tl.program_id(0) // tiles
+    token = row_of_tiles * TOKENS + tl.arange(0, TOKENS)
+    column = (tl.program_id(0) - row_of_tiles * tiles) * CLASSES + tl.arange(0, CLASSES)
     unit = tl.load(unit_ptr + token, mask=token < tokens, other=0.0)
     reference = tl.load(reference_ptr + token, mask=token < tokens, other=0.0)
     # a row that does not count is not read; the mask stays one that vector loads can have
@@ -69,7 +71,7 @@ def softmax_fisher_panel(
     outer, inner, classes = logits.shape
     tokens = outer * inner
     with on_device(logits):
-        panel_kernel[(triton.cdiv(classes, CLASSES), triton.cdiv(tokens, TOKENS))](
+        panel_kernel[(triton.cdiv(classes, CLASSES) * triton.cdiv(tokens, TOKENS),)](
             logits,
             reference,
             unit,

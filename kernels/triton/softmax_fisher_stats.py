@@ -72,7 +72,10 @@ def store_statistics(
         tl.store(out_ptr, tl.where(live, logsumexp, 0.0))
         tl.store(out_ptr + 1, tl.where(live, entropy, 0.0))
         tl.store(out_ptr + 2, tl.where(live, trace, 0.0))
-        tl.store(out_ptr + 3, tl.where(live, squared * (square * square).to(tl.float32), 0.0))
+        tl.store(
+            out_ptr + 3,
+            tl.where(live, squared * square.to(tl.float32) * square.to(tl.float32), 0.0),
+        )
         tl.store(out_ptr + 4, tl.where(live, p, 0.0))
     else:
         tl.store(out_ptr + token, tl.where(live, trace, 0.0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from fisherkern import bench
 from fisherkern.bench import (
     accuracy,
     ceilings,
+    cli,
     memory,
     plots,
     providers,
@@ -227,6 +229,49 @@ def test_memory_verdict(extra: int, passed: bool) -> None:
     assert only.passed == passed
 
 
+def test_missing_memory_fails_where_it_was_asked_for() -> None:
+    family, row = FAMILIES["softmax_fisher"], _blank("cpp")
+    assert verdict.memory([row], family, "cpp") == []
+    (nothing,) = verdict.memory([row], family, "cpp", asked=True)
+    assert (nothing.passed, nothing.detail) == (False, "no memory for 1 cases")
+    measured = replace(row, op="trace", extra_bytes=1)
+    (partly,) = verdict.memory([row, measured], family, "cpp")
+    assert not partly.passed
+    assert partly.detail.endswith("; no memory for 1 cases")
+    (peer,) = verdict.memory([row, replace(measured, provider="eager")], family, "cpp")
+    assert not peer.passed
+    judged = verdict.judge([row], [], family, ["cpp"], "cpu", memory_asked=True)
+    assert [v.detail for v in judged] == ["no memory for 1 cases"]
+
+
+def _named(*names: str) -> list[Provider]:
+    return [Provider(n, "ours", lambda *_: None, uses_out=n.endswith("out=")) for n in names]
+
+
+def test_out_is_judged_alone_where_nothing_else_was_asked_for() -> None:
+    assert providers.best(_named("cpp out="))[-1] == "cpp out="
+    assert providers.best(_named("cuda out=", "triton"))[0] == "triton"
+    assert providers.best([]) == []
+
+
+def test_subjects_come_from_every_case(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    def found(family: registry.Family, device: str, dtype: torch.dtype) -> list[Provider]:
+        fused = Provider("planted out=", "ours", lambda case, *_: case.op.fused, uses_out=True)
+        return [fused] if dtype == torch.bfloat16 else []
+
+    monkeypatch.setattr(cli.providers, "providers", found)
+    monkeypatch.setattr(runner, "run_case", lambda *_: Outcome([_blank("planted out=")]))
+    seen: list[list[str]] = []
+    monkeypatch.setattr(
+        cli.verdict, "judge", lambda rows, ratios, family, subjects, *_, **__: seen.append(subjects)
+    )
+    monkeypatch.setattr(cli.report, "case", lambda *_: "")
+    monkeypatch.setattr(cli.report, "summary", lambda *_: "")
+    chosen = ["--dtypes", "float32", "bfloat16", "--providers", "planted out=", "--no-memory"]
+    bench.main(["softmax_fisher", "--smoke", "--ops", "matvec", *chosen])
+    assert seen == [["planted", "planted out="]]
+
+
 def test_quantiles_and_interleaving() -> None:
     q = timing.quantiles([5.0, 1.0, 2.0, 4.0, 3.0])
     assert (q.median, q.p20, q.p80) == (3.0, pytest.approx(1.8), pytest.approx(4.2))
@@ -301,6 +346,8 @@ def test_command(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--plots"], "--output"),
         (["--repeats", "0"], "positive"),
         (["--ops", "trase"], "trase"),
+        (["--dtypes", "float64"], "--dtypes of softmax_fisher are float32, bfloat16, float16"),
+        (["--providers", "reference out="], "--providers ['reference out='] compute none"),
     ],
 )
 def test_command_refuses(
@@ -309,6 +356,41 @@ def test_command_refuses(
     with pytest.raises(SystemExit):
         bench.main([*ARGUMENTS, *extra])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("blocked", ["file", "results.csv", "results.json", "matplotlib"])
+def test_output_is_tried_before_anything_is_measured(
+    blocked: str, tmp_path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, message = tmp_path / "out", "--output"
+    if blocked == "file":
+        folder.write_text("")
+    elif blocked == "matplotlib":
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+        message = "--plots needs matplotlib"
+    else:
+        (folder / blocked).mkdir(parents=True)
+    monkeypatch.setattr(ceilings, "measure", None)
+    with pytest.raises(SystemExit):
+        bench.main([*ARGUMENTS, "--no-memory", "--plots", "--output", str(folder)])
+    assert message in capsys.readouterr().err
+    assert not (folder / "results.csv").is_file()
+
+
+def test_plots_show_every_provider(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    row = replace(_blank("x"), median_s=1.0, extra_bytes=1 << 20)
+    rows = [replace(row, provider=f"provider {i}") for i in range(12)]
+    rows += [replace(row, case="T8_V257") for row in rows]
+    shown: list[int] = []
+
+    def save(figure, file) -> None:
+        shown.append(len(figure.axes[0].get_legend_handles_labels()[1]))
+
+    monkeypatch.setattr(plots, "_save", save)
+    assert plots.roofline(tmp_path / "x.png", rows, ceilings.Ceilings(1e9, {}))
+    assert plots.memory(tmp_path / "x.png", rows)
+    assert shown == [12, 12]
 
 
 def test_plots(tmp_path) -> None:

@@ -135,6 +135,15 @@ def test_bfloat16_logits_are_held_to_float32() -> None:
     assert row.ceiling_rate == 4e9
 
 
+@pytest.mark.parametrize("op", [op.name for op in FAMILY.ops])
+def test_truth_leaves_its_inputs_alone(op: str) -> None:
+    case = Case(FAMILY, FAMILY.op(op), FAMILY.smoke, torch.float64)
+    inputs, same = case.make_inputs(), case.make_inputs()
+    outcome = case.op.plain(*inputs)
+    assert case.op.error(inputs, registry.as_tuple(outcome)) < 1e-10
+    assert all(torch.equal(x, y) for x, y in zip(inputs, same, strict=True))
+
+
 def _verdicts(
     eager: float = 1.3,
     half: float = 3.0,

@@ -133,3 +133,18 @@ def test_weights_are_not_rounded_into_half_precision(backend: str) -> None:
     truth = reference.covariance(x.double(), weights=w.double(), reduction="sum")
     result = fk.covariance(x, weights=w, reduction="sum")
     assert cases.error(result, truth) <= 1e-6
+
+
+def test_squares_of_weights_may_be_beyond_float32(backend: str) -> None:
+    """Of samples of one token: (w g x)², where w² or g² alone is not a float32."""
+
+    def diagonal(w: float, g: float) -> float:
+        factor = torch.zeros(1, 1, device=DEVICE)
+        x, gradients = torch.ones(2, 1, 1, device=DEVICE), torch.full((2, 1, 1), g, device=DEVICE)
+        weights = torch.full((2, 1), w, device=DEVICE)
+        how = {"ema_decay": 0.0, "per_sample": True, "reduction": "sum"}
+        return fk.squared_gradient_update_(factor, x, gradients, weights=weights, **how).item()
+
+    assert diagonal(1e-23, 1e15) == pytest.approx(2e-16, rel=1e-5)
+    assert diagonal(1e20, 1e-20) == pytest.approx(2, rel=1e-5)
+    assert diagonal(1e-23, float("nan")) != diagonal(1e-23, float("nan"))

@@ -127,6 +127,12 @@ def test_damaged_cache_is_found_on_the_next_use(asset, pip, damage):
         assets.fetch(asset)
 
 
+def test_folder_in_place_of_the_file_is_damage_too(asset):
+    assets.path_of(asset).mkdir(parents=True)
+    with pytest.raises(ChecksumError, match=r"data\.bin was changed or damaged.*Delete it"):
+        assets.fetch(asset)
+
+
 @pytest.mark.parametrize(
     ("log", "reason"),
     [

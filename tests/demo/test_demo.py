@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fisherkern import cli
-from fisherkern.demo import comparisons, main, measure
+from fisherkern.demo import comparisons, factors, main, measure
 from fisherkern.demo.errors import DownloadError
 
 TEXT = (
@@ -46,7 +46,9 @@ def model_folder(tmp_path_factory):
     return folder
 
 
-def test_demo_end_to_end(model_folder, tmp_path, capsys):
+def test_demo_end_to_end(model_folder, tmp_path, capsys, monkeypatch):
+    # a busy machine measures every layer too
+    monkeypatch.setattr(factors, "BUDGET", 1e6)
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     output = tmp_path / "out"
     files = ["--model", model_folder, "--text", tmp_path / "text.txt", "--output", output]
@@ -77,6 +79,28 @@ def test_model_that_cannot_be_loaded_is_one_line(tmp_path, capsys):
     assert status == 1
     assert message.startswith("fisherkern demo: transformers cannot load")
     assert message.count("\n") == 1
+
+
+@pytest.mark.parametrize("blocked", ["plot", "folder"])
+def test_output_is_tried_before_anything_runs(blocked, monkeypatch, capsys, tmp_path):
+    folder = tmp_path / "out"
+    if blocked == "plot":
+        (folder / "trace.png").mkdir(parents=True)
+    else:
+        folder.write_text("")
+    monkeypatch.setattr(main, "require_packages", lambda default_model: None)
+    monkeypatch.setattr(main.text, "passages", None)
+    assert cli.main(["demo", "--output", str(folder)]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith(f"fisherkern demo: --output {folder} cannot be ")
+    assert message.count("\n") == 1
+
+
+def test_output_that_can_be_written_is_left_as_it_was(tmp_path):
+    assert list(main._output_folder(tmp_path / "new").iterdir()) == []
+    (tmp_path / "trace.png").write_bytes(b"before")
+    main._output_folder(tmp_path)
+    assert (tmp_path / "trace.png").read_bytes() == b"before"
 
 
 def test_missing_packages_say_how_to_install_them(monkeypatch, capsys):
@@ -149,7 +173,18 @@ def test_command_line_imports_nothing_heavy():
     assert found.stdout == "[]\n", found.stderr
 
 
-@pytest.mark.parametrize("flags", [["--windows", "0"], ["--tokens", "-3"], ["--top", "many"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--windows", "0"],
+        ["--tokens", "-3"],
+        ["--tokens", "1"],
+        ["--top", "many"],
+        ["--seed", "-1"],
+        ["--seed", str(2**63)],
+        ["--seed", "99999999999999999999"],
+    ],
+)
 def test_bad_numbers_are_refused(flags):
     with pytest.raises(SystemExit) as stop:
         cli.main(["demo", *flags])

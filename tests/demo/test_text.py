@@ -68,6 +68,13 @@ def test_text_without_predictions_is_refused(string):
         text.windows([string], Letters(), count=1, length=8)
 
 
+@pytest.mark.parametrize("bos", [None, 7])
+def test_windows_without_predictions_are_refused(bos):
+    with pytest.raises(DemoError, match="windows of 1 tokens leave nothing to predict"):
+        text.windows(["abcdef"], Letters(bos=bos), count=1, length=1)
+    assert text.windows(["abcdef"], Letters(bos=bos), count=1, length=2).tokens.shape == (1, 2)
+
+
 @pytest.mark.parametrize("content", [None, b"\xff\xfe\xff"])
 def test_unreadable_file_says_what_to_pass(tmp_path, content):
     path = tmp_path / "t.txt"

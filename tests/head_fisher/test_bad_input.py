@@ -220,3 +220,11 @@ def test_out(backend: str) -> None:
     assert torch.equal(x.weight, before)
     refuse(base[: V * d].view(V, d), ValueError, "out overlaps hidden in memory", overlapping)
     assert (base == 55).all()
+
+
+@pytest.mark.parametrize("softcap", [1e-20, 1e39])
+@pytest.mark.parametrize("op", ONE_EACH, **IDS)
+def test_a_softcap_whose_square_is_beyond_float32(op: Op, softcap: float) -> None:
+    refused(
+        op, ValueError, r"softcap is .*; allowed are numbers in \[1e-18, 1e\+18\]", softcap=softcap
+    )

@@ -232,3 +232,26 @@ def test_properties_of_any_input(
     size = x.weight.float().square().sum().item() / tau**2
     assert M.isfinite().all()
     assert torch.linalg.eigvalsh(M.double()).min() >= -slack * size
+
+
+@pytest.mark.parametrize("weight", [1e-4, 1e5])
+def test_weights_and_temperature_do_not_leave_the_range_of_float16(
+    backend: str, weight: float
+) -> None:
+    """They scale what is multiplied by W, in float16 where W is."""
+    h, W = torch.randn(4, 16, generator=cases.generator(0)), torch.randn(200, 16)
+    u = torch.randn(4, 16, generator=cases.generator(2)).half().to(DEVICE)
+    h, W = h.half().to(DEVICE), (W / 3000).half().to(DEVICE)
+    w = torch.full((4,), weight, device=DEVICE)
+
+    def both(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        key = torch.Generator(DEVICE).manual_seed(0)
+        options = {"weights": w, "temperature": 3.0}
+        rows = fk.head_fisher_matvec(h.to(dtype), W.to(dtype), u.to(dtype) * 1000, **options)
+        drawn = fk.head_fisher_sample(h.to(dtype), W.to(dtype), key, **options)
+        return rows, drawn.gradients
+
+    for found, exact in zip(both(torch.float16), both(torch.float32), strict=True):
+        top = exact.abs().amax()
+        bound = 2e-3 * top + torch.finfo(torch.float16).smallest_normal * 2**-9
+        assert (found - exact).abs().amax() <= bound

@@ -52,17 +52,28 @@ def masks(step: int) -> Tensor:
     return mask
 
 
-def trained(name: str, rows: slice, ranks: int) -> dict[str, Any]:
+def owners(optimizer: KFAC) -> dict[str, int]:
+    """The rank that makes the inverse of each layer."""
+    inner = optimizer.preconditioner
+    return inner._ranks.owners(inner.capture.layers)
+
+
+def trained(
+    name: str,
+    rows: slice,
+    ranks: int,
+    inner: nn.Module | None = None,
+    optimizer: KFAC | None = None,
+) -> dict[str, Any]:
     """A few steps, on some samples of each batch."""
-    model = filled(Tokens(), torch.float64).cpu()
-    inner = model
+    model = inner = filled(Tokens(), torch.float64).cpu() if inner is None else inner
     if ranks > 1:
         model = DistributedDataParallel(model)
     share = [1.0]
     options = {**OPTIONS, **CASES[name]}
     if options["fisher_type"] == "empirical":
         options["loss_scale"] = lambda: share[0]
-    optimizer = KFAC(model, **options)
+    optimizer = optimizer or KFAC(model, **options)
     ratios = []
     for step in range(STEPS):
         x, y = (t[rows].cpu() for t in cases.batch_of(inner, step))
@@ -84,7 +95,7 @@ def trained(name: str, rows: slice, ranks: int) -> dict[str, Any]:
         "parameters": cases.parameters(inner),
         "ratios": ratios,
         "damping": optimizer.damping,
-        "owners": optimizer.preconditioner._owners,
+        "owners": owners(optimizer),
         "uncovered": optimizer.fallback(),
     }
 
@@ -94,7 +105,7 @@ def a_factor_fails(rank: int) -> dict[str, Any]:
     model = DistributedDataParallel(filled(Tokens(), torch.float64).cpu())
     optimizer = KFAC(model, **{**OPTIONS, "inverse_update_period": 1})
     lower = cases.curvature(optimizer, "lower")
-    owner = optimizer.preconditioner._owners["lower"]
+    owner = owners(optimizer)["lower"]
     found: dict[str, Any] = {"owner": owner, "warnings": [], "stepped": []}
     for step in range(4):
         x, y = (t[3 * rank :][:3].cpu() for t in cases.batch_of(model.module, step))
@@ -119,7 +130,7 @@ def an_error_of_the_owner(rank: int) -> list[str]:
     model = filled(Tokens(), torch.float64).cpu()
     optimizer = KFAC(model, **OPTIONS)
     cases.loss_of(model, *cases.batch_of(model)).backward()
-    if rank == optimizer.preconditioner._owners["lower"]:
+    if rank == owners(optimizer)["lower"]:
 
         def broken(*_: Any) -> None:
             raise MemoryError("too little")
@@ -149,11 +160,14 @@ def sharded() -> str:
 def run(rank: int, folder: str) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
+    early = filled(Tokens(), torch.float64).cpu()
+    made = KFAC(early, **OPTIONS)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
     )
     rows = slice(0, 3) if rank == 0 else slice(3, 6)
     results = {name: trained(name, rows, 2) for name in CASES}
+    results["early"] = trained("kfac", rows, 2, early, made)
     results["failure"] = a_factor_fails(rank)
     results["sharded"] = sharded()
     results["error"] = an_error_of_the_owner(rank)  # the last, for it breaks a class
@@ -184,6 +198,13 @@ def test_two_ranks_are_one(name: str, ranks: list[dict[str, Any]]) -> None:
         assert not torch.equal(value, start[key].cpu()), key
 
 
+def test_an_optimizer_that_is_made_before_the_process_group(ranks: list[dict[str, Any]]) -> None:
+    """As with Trainer, whose arguments set it up: the ranks are those of each step."""
+    for results in ranks:
+        for key, value in results["kfac"]["parameters"].items():
+            assert torch.equal(results["early"]["parameters"][key], value), key
+
+
 def test_layers_are_shared_out(ranks: list[dict[str, Any]]) -> None:
     """Of the factors here, of orders up to 8, either rank has the half."""
     owners = ranks[0]["kfac"]["owners"]
@@ -193,15 +214,16 @@ def test_layers_are_shared_out(ranks: list[dict[str, Any]]) -> None:
     assert set(owners.values()) == {0, 1}
 
 
-def test_a_large_embedding_does_not_take_a_rank_for_itself() -> None:
+def test_a_large_embedding_does_not_take_a_rank_for_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Its A is a diagonal, and costs next to nothing."""
     model = nn.Sequential(
         nn.Embedding(5000, 8), nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 60), nn.Linear(60, 8)
     )
     capture = KFACPreconditioner(model).capture
-    ranks = Ranks()
-    ranks.size = 2
-    assert ranks.owners(capture.layers) == {"0": 1, "1": 1, "3": 0, "4": 1}
+    monkeypatch.setattr(Ranks, "size", 2)
+    assert Ranks().owners(capture.layers) == {"0": 1, "1": 1, "3": 0, "4": 1}
 
 
 def test_a_factor_that_fails_on_its_owner(ranks: list[dict[str, Any]]) -> None:

@@ -189,3 +189,20 @@ def test_over_the_logits(backend: str) -> None:
         fk.softmax_fisher_gradient_(z.clone().requires_grad_(), labels)
     with pytest.raises(ValueError, match="its elements share memory; clone it first"):
         fk.softmax_fisher_sample_(z[:1].expand(3, 7))
+
+
+def test_float64_weights_beyond_float32() -> None:
+    w = torch.tensor([1e39, 1.0], dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"weights holds 1e\+39; allowed are finite float32 >= 0"):
+        fk.softmax_fisher_mean_probs(torch.zeros(2, 2), weights=w)
+    fk.softmax_fisher_mean_probs(torch.zeros(2, 2, dtype=torch.float64), weights=w)
+
+
+@pytest.mark.parametrize("name", ["gradient_", "sample_"])
+def test_rows_that_overlap_are_not_written_over(name: str) -> None:
+    z = torch.arange(12.0).as_strided((3, 6), (3, 1))
+    before = z.clone()
+    operands = (torch.tensor([0, 1, 2]),) if name == "gradient_" else ()
+    with pytest.raises(ValueError, match=r"logits has strides \(3, 1\): its elements share memory"):
+        getattr(fk, f"softmax_fisher_{name}")(z, *operands)
+    assert torch.equal(z, before)

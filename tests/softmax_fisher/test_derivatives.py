@@ -239,3 +239,33 @@ def test_slope_of_the_largest_probability_of_a_peaked_row(backend: str, dtype: t
     assert (slope - truth).abs().max() <= 2 * cases.EPSILON[torch.float32] + (
         cases.EPSILON[dtype] * truth.abs().max()
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 65536.0])
+@pytest.mark.parametrize("op", ["mean_probs", "diagonal"])
+def test_the_gradient_of_a_reduced_result_fits_into_half_precision(
+    backend: str, op: str, scale: float, dtype: torch.dtype
+) -> None:
+    """Losses are scaled by 65536 and more where half precision is trained in, and F 1 = 0."""
+    z = (2 * torch.randn(64, 20, generator=cases.generator(0))).to(DEVICE, dtype)
+    w = torch.rand(64, generator=cases.generator(1)).to(DEVICE)
+    name = f"softmax_fisher_{op}"
+    options = {"weights": w, "temperature": 0.7}
+
+    def gradient(module: Any, x: Tensor, **how: Any) -> Tensor:
+        x = x.clone().requires_grad_()
+        result = getattr(module, name)(x, **options, **how)
+        # most of the cotangent is a constant, which is nothing to F
+        ((10 - (result + 1e-3).log()) * result).sum().mul(scale).backward()
+        assert x.grad is not None
+        return x.grad
+
+    found = gradient(fk, z, reduction="mean").double()
+    exact = gradient(reference, z.double(), reduction="mean")
+    exact = exact.to(dtype).double()
+    # an element of half precision is rounded once on the way in and once on the way out
+    eps = torch.finfo(dtype).eps
+    tiny = torch.finfo(dtype).smallest_normal
+    assert torch.isfinite(found).all()
+    assert (found - exact).abs().max() <= 2 * eps * exact.abs().max() + tiny

@@ -261,3 +261,36 @@ def test_properties_of_any_input(
     mean = fk.softmax_fisher_mean_probs(z, temperature=tau, mask=mask)
     assert (mean >= 0).all()
     assert abs(mean.sum().item() - float(mask.any())) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_result_that_is_not_aligned_to_its_elements(dtype: torch.dtype) -> None:
+    """So large that it is written past the caches, by whole vectors at addresses of vectors."""
+    T, V = 3, (6 << 20) // dtype.itemsize + 7
+    memory = bytearray(T * V * dtype.itemsize + 1)
+    z = torch.frombuffer(memory, dtype=dtype, count=T * V, offset=1).view(T, V).zero_()
+    z[:, 0] = 3
+    labels = torch.zeros(T, dtype=torch.int64)
+    exact = fk.softmax_fisher_gradient(z.clone(), labels)
+    assert torch.equal(fk.softmax_fisher_gradient_(z, labels), exact)
+
+
+def test_more_directions_than_pairs_of_them_fit_into_a_grid(backend: str) -> None:
+    if backend == "triton" and SLOW:
+        pytest.skip("a million programs in the interpreter")
+    v = torch.randn(1, 1449, 2, generator=cases.generator(0)).to(DEVICE)
+    Q = fk.softmax_fisher_quadratic(torch.zeros(1, 2, device=DEVICE), v)
+    difference = (v[..., 0] - v[..., 1]).double() / 2
+    exact = difference[..., None] * difference[..., None, :]
+    assert (Q - exact).abs().amax() <= 1e-6 * exact.abs().amax()
+
+
+def test_squares_of_a_rate_may_be_beyond_float32(backend: str) -> None:
+    stats = fk.softmax_fisher_stats(torch.tensor([[0.0, 1.0]], device=DEVICE), temperature=1e-10)
+    assert stats.trace_squared.item() == 0
+
+
+def test_weights_whose_sum_is_beyond_float32(backend: str) -> None:
+    z, w = torch.zeros(3, 2, device=DEVICE), torch.full((3,), 3e38, device=DEVICE)
+    half = torch.full((2,), 0.5, device=DEVICE)
+    torch.testing.assert_close(fk.softmax_fisher_mean_probs(z, weights=w), half)

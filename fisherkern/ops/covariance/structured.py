@@ -18,7 +18,7 @@ from fisherkern.ops.covariance._common import (
     check_update,
     token_count,
 )
-from fisherkern.ops.covariance.symmetric import _mirror_op, _update_op
+from fisherkern.ops.covariance.symmetric import _mirror_op, _update_op, mirror_
 
 
 def _sizes(name: str, value: object, dims: int, least: int) -> tuple[int, ...]:
@@ -142,7 +142,7 @@ def convolution_covariance_update_(
     if not torch.compiler.is_compiling():  # its addresses are known in the op alone, for x
         check_disjoint(a, {"x": z}, name="factor")
     if ema_decay == 1:
-        return factor
+        return mirror_(a) if mirror else a
     count = token_count(z, tokens, 1) * math.prod(positions)
     update = check_update(a, count, ema_decay=ema_decay, scale=scale, reduction=reduction)
 

@@ -61,7 +61,7 @@ def check_head(
     h = checks.activations("hidden", hidden, 1).detach()
     W = checks.head_weight(weight, h).detach()
     b = None if bias is None else checks.head_bias(bias, W).detach()
-    cap = None if softcap is None else checks.positive("softcap", softcap)
+    cap = None if softcap is None else checks.softcap(softcap)
     tau = checks.temperature(temperature)
     m, w = checks.mask_or_weights(mask, weights, h, "hidden")
     dtype = accumulation_dtype(h.dtype)

@@ -137,16 +137,34 @@ def _over_tokens(rows: Tensor, output: Tensor) -> Tensor:
     return rows.reshape(rows.shape[:-1].numel(), rows.shape[-1]).sum(0, dtype=output.dtype)
 
 
-def _slope(inputs: Sequence[Any]) -> Tensor:
-    """∂(p (1 − p)) / ∂p / τ² = (1 − 2p) / τ² in plain PyTorch: no fused backward here."""
+def _slope(inputs: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """p, and ∂(p (1 − p)) / ∂p / τ² = (1 − 2p) / τ² in plain PyTorch: no fused backward here."""
     logits, weights, _, temperature = inputs
-    return (1 - 2 * probabilities(logits, weights, temperature)) / temperature**2
+    p = probabilities(logits, weights, temperature)
+    return p, (1 - 2 * p) / temperature**2
 
 
-def _mean_probs_vjp(inputs: Sequence[Any], _: Tensor, grad: Tensor, needs: Any) -> list[Any]:
+def _matvec(inputs: Sequence[Any], v: Tensor, centre: Tensor) -> Tensor:
+    """F v [..., V] for v in the accumulation dtype: `matvec` takes it in that of the logits.
+
+    A cotangent of a float32 result may not fit into half precision, and F takes differences of it
+    (F 1 = 0): of v − centre the digits that count are left, and its size is put into the weights.
+    """
     logits, weights, logsumexp, temperature = inputs
-    v = (temperature * grad).to(logits.dtype).expand(logits.shape)
-    return [matvec(logits, v, weights, logsumexp, temperature), None, None, None]
+    if logits.dtype != v.dtype:
+        v = v - centre.detach()
+        size = v.detach().abs().amax(-1, keepdim=True)
+        size = torch.where(size == 0, 1, size)
+        v, size = v / size, size[..., 0].expand(logits.shape[:-1])
+        weights = size if weights is None else weights * size
+    v = v.to(logits.dtype).expand(logits.shape)
+    return matvec(logits, v, weights, logsumexp, temperature)
+
+
+def _mean_probs_vjp(inputs: Sequence[Any], output: Tensor, grad: Tensor, needs: Any) -> list[Any]:
+    v, temperature = grad.to(output.dtype), inputs[3]
+    centre = (output * v).sum() / output.sum().clamp_min(torch.finfo(output.dtype).tiny)
+    return [_matvec(inputs, temperature * v, temperature * centre), None, None, None]
 
 
 def _mean_probs_jvp(inputs: Sequence[Any], output: Tensor, tangents: Sequence[Any]) -> Tensor:
@@ -156,15 +174,15 @@ def _mean_probs_jvp(inputs: Sequence[Any], output: Tensor, tangents: Sequence[An
 
 
 def _diagonal_vjp(inputs: Sequence[Any], _: Tensor, grad: Tensor, needs: Any) -> list[Any]:
-    logits, weights, logsumexp, temperature = inputs
-    v = (temperature * grad * _slope(inputs)).to(logits.dtype)
-    return [matvec(logits, v, weights, logsumexp, temperature), None, None, None]
+    p, slope = _slope(inputs)
+    v = inputs[3] * grad * slope
+    return [_matvec(inputs, v, (p * v).sum(-1, keepdim=True)), None, None, None]
 
 
 def _diagonal_jvp(inputs: Sequence[Any], output: Tensor, tangents: Sequence[Any]) -> Tensor:
     logits, weights, logsumexp, temperature = inputs
     rows = matvec(logits, temperature * tangents[0], weights, logsumexp, temperature)
-    rows = rows * _slope(inputs)
+    rows = rows * _slope(inputs)[1]
     return rows.to(output.dtype) if output.shape == rows.shape else _over_tokens(rows, output)
 
 
