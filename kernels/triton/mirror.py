@@ -18,10 +18,10 @@ WARPS = 4
 
 
 @triton.jit
-def mirror_kernel(
-    factor_ptr, factor_head, factor_row, factor_column, width, tiles, BLOCK: tl.constexpr
-):
+def mirror_kernel(factor_ptr, factor_head, factor_row, factor_column, width, BLOCK: tl.constexpr):
     """One tile of factor [H, D, D]."""
+    blocks = tl.cdiv(width, BLOCK)
+    tiles = blocks * (blocks + 1) // 2
     head = tl.program_id(0) // tiles
     i, j = pair_of(tl.program_id(0) - head * tiles)
     rows = (i * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
@@ -38,13 +38,11 @@ def mirror(factor: Tensor) -> None:
     """Copy the lower triangle of factor [H, D, D], any strides, onto the upper one."""
     heads, width, _ = factor.shape
     blocks = triton.cdiv(width, BLOCK)
-    tiles = blocks * (blocks + 1) // 2
     with on_device(factor):
-        mirror_kernel[(heads * tiles,)](
+        mirror_kernel[(heads * blocks * (blocks + 1) // 2,)](
             factor,
             *factor.stride(),
             width,
-            tiles,
             BLOCK=BLOCK,
             num_warps=WARPS,
         )

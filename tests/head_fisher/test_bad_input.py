@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -72,9 +73,10 @@ def test_bias(backend: str, op: Op) -> None:
 
 @pytest.mark.parametrize("op", ONE_EACH, **IDS)
 def test_softcap(backend: str, op: Op) -> None:
-    for bad in (-1.0, float("nan"), float("inf")):
-        refused(op, ValueError, f"softcap is {bad}; allowed are finite numbers > 0", softcap=bad)
-    refused(op, ValueError, "softcap is 0; allowed are finite numbers > 0", softcap=0)
+    # its square has to be a float32, and the reciprocal of that
+    for bad in (0, -1.0, float("nan"), float("inf"), 1e-20, 1e39):
+        message = f"softcap is {bad}; allowed are numbers in [1e-18, 1e+18]"
+        refused(op, ValueError, re.escape(message), softcap=bad)
     for worse in ("30", True, torch.tensor(30.0)):
         refused(op, TypeError, "softcap has type .*; expected a number", softcap=worse)
 
@@ -220,11 +222,3 @@ def test_out(backend: str) -> None:
     assert torch.equal(x.weight, before)
     refuse(base[: V * d].view(V, d), ValueError, "out overlaps hidden in memory", overlapping)
     assert (base == 55).all()
-
-
-@pytest.mark.parametrize("softcap", [1e-20, 1e39])
-@pytest.mark.parametrize("op", ONE_EACH, **IDS)
-def test_a_softcap_whose_square_is_beyond_float32(op: Op, softcap: float) -> None:
-    refused(
-        op, ValueError, r"softcap is .*; allowed are numbers in \[1e-18, 1e\+18\]", softcap=softcap
-    )
