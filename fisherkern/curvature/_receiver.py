@@ -29,6 +29,11 @@ class Batch:
     scale: float | None = None
     """Of the squares of the gradients that come now; None: they are not wanted."""
 
+    def open(self, mask: Tensor | None) -> None:
+        """Follow the calls of a new one."""
+        self.active, self.mask, self.number = True, mask, self.number + 1
+        self.shape = torch.Size() if mask is None else mask.shape
+
 
 NEVER_CALLED = "its module was never called"
 

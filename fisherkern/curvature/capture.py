@@ -222,9 +222,7 @@ class Capture:
         if new_step:
             for curvature in self.layers.values():
                 curvature.begin_step()
-        self._batch.active, self._batch.mask = True, mask
-        self._batch.number += 1
-        self._batch.shape = torch.Size() if mask is None else mask.shape
+        self._batch.open(mask)
         self._ledger.open()
         if counted is not None:
             self.set_terms(counted)

@@ -239,7 +239,8 @@ def test_weights_and_temperature_do_not_leave_the_range_of_float16(
     backend: str, weight: float
 ) -> None:
     """They scale what is multiplied by W, in float16 where W is."""
-    h, W = torch.randn(4, 16, generator=cases.generator(0)), torch.randn(200, 16)
+    h = torch.randn(4, 16, generator=cases.generator(0))
+    W = torch.randn(200, 16, generator=cases.generator(1))
     u = torch.randn(4, 16, generator=cases.generator(2)).half().to(DEVICE)
     h, W = h.half().to(DEVICE), (W / 3000).half().to(DEVICE)
     w = torch.full((4,), weight, device=DEVICE)
