@@ -36,6 +36,10 @@ class Batch:
 
 
 NEVER_CALLED = "its module was never called"
+WITHOUT_GRADIENTS = (
+    "its module was called without gradients, as in activation checkpointing that is reentrant: "
+    "use the other kind (use_reentrant=False)"
+)
 
 
 class Receiver:
@@ -72,9 +76,14 @@ class Receiver:
 
     def follow(self) -> bool:
         """Whether a call is to be followed; asked before it."""
-        if self._batch.active:
-            self._ledger.call(self.name)
-        return self._batch.active
+        if not self._batch.active:
+            return False
+        self._ledger.call(self.name)
+        if torch.is_grad_enabled():
+            return True
+        if self.missing == NEVER_CALLED:
+            self.missing = WITHOUT_GRADIENTS
+        return False
 
     def observe(self, output: Tensor) -> None:
         """See what a call returned; refuse what does not fit before anything is added."""

@@ -122,7 +122,7 @@ class Tap:
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._input = None
-        if not (self._receiver.follow() and torch.is_grad_enabled()):
+        if not self._receiver.follow():
             return
         x = args[0] if args else next(iter(kwargs.values()), None)
         if isinstance(x, Tensor):

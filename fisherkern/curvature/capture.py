@@ -14,12 +14,13 @@ from torch.autograd.graph import GradientEdge
 from fisherkern import checks
 from fisherkern.curvature import fisher_types
 from fisherkern.curvature._ledger import Ledger
-from fisherkern.curvature._receiver import NEVER_CALLED, Batch, Receiver
+from fisherkern.curvature._receiver import Batch, Receiver
 from fisherkern.curvature._tap import Tap, differentiate, furthest
-from fisherkern.curvature.coverage import Chosen, cover
+from fisherkern.curvature.coverage import NO_PART, Chosen, cover
 from fisherkern.curvature.head import WideCurvature
 from fisherkern.curvature.kinds import STRUCTURES, Kinds
 from fisherkern.curvature.layers import over_tokens
+from fisherkern.curvature.recognition import FROZEN
 from fisherkern.curvature.structures import KFAC_APPROXIMATIONS, LayerCurvature
 
 # What captures must agree in to be averages of the same thing.
@@ -145,9 +146,9 @@ class Capture:
         }
         left = {}
         for name, p in self._model.named_parameters():
-            reason = missing.get(id(p), self._covered.reasons.get(name, NEVER_CALLED))
+            reason = missing.get(id(p), self._covered.reasons.get(name, NO_PART))
             if reason is not None:
-                left[name] = reason
+                left[name] = reason if p.requires_grad else FROZEN
         return left
 
     @property

@@ -16,6 +16,7 @@ Chosen = list[str] | Callable[[str, nn.Module], bool] | None
 """Names of modules, what tells by name and module, or None for all."""
 
 _LEFT_OUT = "left out by `layers`"
+NO_PART = "no layer had it when the layers were covered"
 
 
 @dataclass

@@ -25,6 +25,8 @@ from fisherkern.curvature.layers import (
     ScaledEmbeddingLayer,
 )
 
+FROZEN = "frozen"
+
 
 def layer_of(name: str, module: nn.Module) -> Layer | str | None:
     """The layer that a module is, why it is none, or None where it has no parameters of its own."""
@@ -32,7 +34,7 @@ def layer_of(name: str, module: nn.Module) -> Layer | str | None:
     if not own:
         return None
     if not any(p.requires_grad for p in own.values()):
-        return "frozen"
+        return FROZEN
     kind = _kind(module)
     if kind is None:
         return f"no rule for modules of type {type(module).__name__}"

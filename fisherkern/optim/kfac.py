@@ -42,6 +42,7 @@ class KFAC(Optimizer):
         momentum: μ in [0, 1) of the natural gradient; the new one has weight 1.
         weight_decay: of both kinds of parameters.
         adam_lr: learning rate of the parameters without a factor; a scheduler scales it with `lr`.
+            Where `lr` was 0 at first it holds as it is, once `lr` is not.
         adam_betas: of the same.
         adam_eps: of the same.
         damping_period: steps per prediction for :meth:`adapt_damping`; None: λ stays.
@@ -326,7 +327,9 @@ def _rate(group: dict[str, Any], natural: bool) -> float:
     if natural:
         return float(group["lr"])
     base = group["base_lr"]
-    return float(group["adam_lr"] * group["lr"] / base) if base else 0.0
+    if base:
+        return float(group["adam_lr"] * group["lr"] / base)
+    return float(group["adam_lr"]) if group["lr"] else 0.0  # nothing to scale it from
 
 
 def _check(group: dict[str, Any]) -> None:

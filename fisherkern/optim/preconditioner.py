@@ -15,6 +15,7 @@ from fisherkern import checks
 from fisherkern.curvature import Capture, EigenCurvature, LayerCurvature
 from fisherkern.curvature._finite import all_finite
 from fisherkern.curvature._models import Arguments, inside
+from fisherkern.curvature._receiver import WITHOUT_GRADIENTS
 from fisherkern.optim._follow import Follower
 from fisherkern.optim._inverse import INVERSES
 from fisherkern.optim._layers import (
@@ -136,7 +137,7 @@ class KFACPreconditioner:
         self.steps = 0
         self._solvers: dict[str, Solver] = {}
         self._warned: set[str] = set()
-        self._told = False  # that nothing was captured
+        self._told = False  # what was not captured
         self._inverse_damping = self.damping  # of the last refresh
         self.capture.attach()
         readers = (mask_of, logits_of, terms_of)
@@ -158,7 +159,7 @@ class KFACPreconditioner:
 
         A layer of whose curvature there is nothing yet keeps its gradient. One whose inverse cannot
         be made keeps the last one, with a warning that names it, said once; another one tells where
-        no curvature was captured at all.
+        no curvature was captured at all, or none of layers that were called without gradients.
 
         Args:
             lr: of each parameter, for `kl_clip`.
@@ -178,14 +179,23 @@ class KFACPreconditioner:
             replaced = self._replace(lr if callable(lr) else lambda _: lr, owned)
         self.steps += 1
         self._follower.due = _due(self.steps, self.factor_update_period)
-        if not self.capture.called and not self._told:
-            self._told = True
-            warnings.warn(
-                f"no gradient was made natural: {_NOTHING} (said once)",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+        self._tell()
         return replaced
+
+    def _tell(self) -> None:
+        """Say what users would not know of the first step."""
+        if self._told:
+            return
+        self._told, said = True, ""
+        if not self.capture.called:
+            said = f"no gradient was made natural: {_NOTHING}"
+        else:
+            reasons = self.capture.uncovered()
+            left = [name for name, reason in reasons.items() if reason == WITHOUT_GRADIENTS]
+            if left:
+                said = f"{len(left)} gradients stay, of {left[0]} first: {WITHOUT_GRADIENTS}"
+        if said:
+            warnings.warn(f"{said} (said once)", RuntimeWarning, stacklevel=4)
 
     def refresh(self) -> None:
         """Make the inverses from the curvature as it is now."""

@@ -98,6 +98,23 @@ def test_modules_that_are_not_covered(module: nn.Module, reason: str) -> None:
     assert reason in reasons.values()
 
 
+def test_why_parameters_that_changed_are_not_covered() -> None:
+    """What was frozen, before or after, and what the model did not have."""
+    model = cases.filled(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, cases.V)))
+    model[1].bias.requires_grad_(False)
+    fisher = Capture(model, fisher_type="type-2")
+    model[0].requires_grad_(False)
+    model[0].register_parameter("late", nn.Parameter(torch.zeros(2)))
+    with fisher, fisher.batch():
+        fisher.add(model(cases.drawn(4, 3)))
+    assert fisher.uncovered() == {
+        "0.weight": "frozen",
+        "0.bias": "frozen",
+        "0.late": "no layer had it when the layers were covered",
+        "1.bias": "frozen",
+    }
+
+
 def test_a_block_that_is_too_large() -> None:
     fisher = Capture(
         nn.ModuleDict({"a": nn.Linear(90, 92), "b": nn.Linear(2, 2)}), structure="block"

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fisherkern.curvature import Capture
 from fisherkern.optim import KFAC, KFACPreconditioner
@@ -86,6 +87,43 @@ def test_a_model_of_which_nothing_is_captured(how: Any) -> None:
     if how is not compiled_and_run_before:  # and no longer, once the model is followed
         cases.train(model.train(), optimizer, range(3, 4))
         assert not optimizer.fallback()
+
+
+class Checkpointed(Tokens):
+    """Whose middle is computed again, by re-entry; before it nothing is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding.requires_grad_(False)
+        self.layer_norm.requires_grad_(False)
+
+    def middle(self, x: Tensor) -> Tensor:
+        return self.rms_norm(self.lower(x).tanh())
+
+    def forward(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        x = self.layer_norm(self.embedding(tokens)).detach().requires_grad_()
+        return self.head(checkpoint(self.middle, x, use_reentrant=True))
+
+
+def test_layers_inside_reentrant_checkpointing() -> None:
+    """No pass before the loss's comes to them: that is said, and "empirical" sees them."""
+    model = filled(Checkpointed())
+    optimizer = KFAC(model, **OPTIONS)
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        cases.train(model, optimizer, range(2))
+    said = [str(w.message) for w in given if issubclass(w.category, RuntimeWarning)]
+    assert len(said) == 1
+    assert said[0].startswith("3 gradients stay, of lower.weight first: its module was called with")
+    reasons = optimizer.fallback()
+    assert list(reasons) == ["lower.weight", "lower.bias", "rms_norm.weight"]
+    assert all("use_reentrant=False" in reason for reason in reasons.values())
+    optimizer.detach()
+    other = KFAC(model, **{**OPTIONS, "fisher_type": "empirical"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cases.train(model, other, range(2))
+    assert not other.fallback()
 
 
 def test_a_preconditioner_of_which_nothing_is_captured() -> None:

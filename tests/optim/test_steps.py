@@ -177,6 +177,21 @@ def test_a_group_that_is_added_has_its_own_rate_to_scale_from() -> None:
     assert torch.equal(model.embedding.weight, filled(Scaled()).embedding.weight)
 
 
+def test_a_group_whose_rate_was_zero_at_first() -> None:
+    """There is nothing to scale adam_lr from; it holds as soon as the rate is above zero."""
+    model = filled(Scaled())
+    optimizer = KFAC(model, lr=0.0, adam_lr=1e-2, adam_eps=1e-30, **OPTIONS)
+    before = cases.parameters(model)
+    differentiate(model)
+    optimizer.step()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    optimizer.param_groups[0]["lr"] = 0.1
+    differentiate(model)
+    optimizer.step()
+    change = (model.scale.detach() - before["scale"]).abs()
+    torch.testing.assert_close(change, torch.full_like(change, 1e-2), rtol=1e-4, atol=0)
+
+
 def test_groups_with_and_without_weight_decay() -> None:
     model = filled(Tokens(), torch.float64)
     matrices = [p for p in model.parameters() if p.ndim > 1]
