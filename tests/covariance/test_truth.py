@@ -46,8 +46,8 @@ def check(T: int, d: int, dtype: torch.dtype, which: str, bias: bool, beta: floa
     if w is not None:
         w[-1] = 1
     given = {} if w is None else {which: w}
-    start = torch.randn(d + bias, d + bias, generator=cases.generator(2), dtype=torch.float64)
-    start = (start @ start.T / len(start)).to(accumulation).to(DEVICE)
+    start = torch.randn(d + bias, 64, generator=cases.generator(2), dtype=torch.float64)
+    start = (start @ start.T / 64).to(accumulation).to(DEVICE)
     truth = reference.covariance_update(
         start.double(), x.double(), ema_decay=beta, bias=bias, **given
     )

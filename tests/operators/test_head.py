@@ -160,7 +160,7 @@ def test_masked_hidden_states_are_not_read(backend: str) -> None:
 def test_gradients_of_samples_have_the_operator_as_second_moment(backend: str) -> None:
     h, W, _ = head(scale=1.0)
     W = W[:6]
-    count = 400 if SLOW else 20_000
+    count = 200 if SLOW else 20_000
     F = fk.HeadFisher(h, W, workspace=2000)
     g = F.sample(count, torch.Generator(device=DEVICE).manual_seed(0)).double()
     assert g.shape == (count, 6)

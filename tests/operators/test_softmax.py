@@ -216,15 +216,16 @@ def test_nan_of_a_row_that_counts_is_never_lost(backend: str) -> None:
 
 
 def test_autocast_rounds_nothing(backend: str) -> None:
-    z, y = logits(9, 40, 2.0), block(40)
+    T = 3 if SLOW else 9  # as many iterations have conjugate gradients
+    z, y = logits(T, 40, 2.0), block(40)
     U, d = logits(40, 3, 1.0), torch.rand(40, generator=cases.generator(1)).to(DEVICE) + 1
     core, A = 2 * torch.eye(3, device=DEVICE), torch.eye(5, device=DEVICE) * 1.2345
 
     def everything() -> list[torch.Tensor]:
-        F, D = operator(z, weights(9)), DiagonalPlusLowRank(d, U, core)
+        F, D = operator(z, weights(T)), DiagonalPlusLowRank(d, U, core)
         K, small = Kronecker(D, A), fk.SoftmaxFisher(z, memory=1)
         verbs = [f(x) for x in (F, D) for f in (lambda x: x.inverse_diagonal(1e-2), to_dense)]
-        products = [F @ y, D @ y, K @ y, F.quadratic(y), compress(F, 4).operator @ y]
+        products = [F @ y, D @ y, K @ y, F.quadratic(y), compress(F, 2).operator @ y]
         solved = [x.solve(y, 1e-2) for x in (F, D, K, small)]
         return [*verbs, *products, *solved, F.eigsh(2)[0], F.logdet(1e-2)]
 
