@@ -49,9 +49,9 @@ def test_gradients_of_an_earlier_call_are_not_of_the_open_batch() -> None:
     def found(both: bool) -> list[Tensor]:
         model = network()
         own = KFACPreconditioner(model, fisher_type="empirical")
-        first = functional.cross_entropy(model(X[:16]), Y[:16])
+        first = functional.cross_entropy(model(X[:32]), Y[:32])
         with pytest.warns(RuntimeWarning, match="no gradient came to any layer"):
-            second = functional.cross_entropy(model(X[16:]), Y[16:])
+            second = functional.cross_entropy(model(X[32:]), Y[32:])
         (first + second if both else second).backward()
         own.step()
         return factors(own)
