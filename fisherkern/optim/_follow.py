@@ -99,7 +99,8 @@ class Follower:
         if not torch.is_grad_enabled():
             return  # the backward pass of the batch that is open may be still to come
         self.close()
-        if not (self.due and model.training):
+        trained = any(kept.layer.trained for kept in self._capture.layers.values())
+        if not (self.due and model.training and trained):
             return
         options: dict[str, Any] = {}
         if self._capture.fisher_type == "empirical":  # how many terms, the logits will tell

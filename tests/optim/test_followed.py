@@ -89,6 +89,21 @@ def test_a_model_of_which_nothing_is_captured(how: Any) -> None:
         assert not optimizer.fallback()
 
 
+@pytest.mark.parametrize("fisher_type", ["mc", "type-2", "empirical"])
+def test_a_model_that_is_frozen_as_a_whole(fisher_type: str) -> None:
+    """There is nothing to differentiate, and its calls are those of any model."""
+    model = filled(Tokens())
+    optimizer = KFAC(model, **{**OPTIONS, "fisher_type": fisher_type})
+    model.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(cases.batch_of(model)[0])
+        optimizer.step()
+    model.requires_grad_(True)
+    cases.train(model, optimizer, range(1))
+    assert not optimizer.fallback()
+
+
 class Checkpointed(Tokens):
     """Whose middle is computed again, by re-entry; before it nothing is trained."""
 
