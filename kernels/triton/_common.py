@@ -103,7 +103,9 @@ def exponential(z, m, scale, scale_low):
     exp2 of the rounded product is off by |z − m| such units, which plain PyTorch is not; the
     remainder of the product makes up for it. The bound keeps it finite and the result zero.
     """
-    difference = tl.maximum(z - m, -_UNDERFLOW / scale, propagate_nan=tl.PropagateNan.ALL)
+    # by name: what the interpreter of Triton 3.8 makes of a constant over a tensor is neither
+    lowest = tl.fdiv(-_UNDERFLOW, scale)
+    difference = tl.maximum(z - m, lowest, propagate_nan=tl.PropagateNan.ALL)
     product = difference * scale
     remainder = tl.fma(difference, scale, -product) + difference * scale_low
     e = tl.exp2(product)
