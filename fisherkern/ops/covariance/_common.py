@@ -79,6 +79,12 @@ def check_options(ema_decay: object, scale: object, reduction: object, precision
     checks.choice("precision", precision, PRECISIONS)
 
 
+def coordinates(width: int, bias: object) -> int:
+    """Of a row of that width, the homogeneous one of a bias among them."""
+    # of a symbolic size and a bool torch 2.11 can trace no sum
+    return width + int(bool(bias))
+
+
 def new_factor(x: Tensor, *shape: int) -> Tensor:
     """An uninitialised factor in the accumulation dtype of x."""
     return torch.empty(shape, dtype=accumulation_dtype(x.dtype), device=x.device)

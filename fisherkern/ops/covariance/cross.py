@@ -15,6 +15,7 @@ from fisherkern.ops.covariance._common import (
     check_options,
     check_tokens,
     check_update,
+    coordinates,
     new_factor,
     token_count,
 )
@@ -118,7 +119,7 @@ def cross_covariance(
     y = checks.paired("g", g, z).detach()
     check_options(None, scale, reduction, precision)
     tokens = check_tokens(mask, weights, z, z.ndim - 1)
-    factor = new_factor(z, y.shape[-1], z.shape[-1] + bool(bias))
+    factor = new_factor(z, y.shape[-1], coordinates(z.shape[-1], bias))
     update = check_update(
         factor,
         token_count(z, tokens, z.ndim - 1),
@@ -187,7 +188,7 @@ def squared_gradient_update_(
     z = checks.activations("x", x, 2 if per_sample else 1).detach()
     y = checks.paired("g", g, z).detach()
     check_options(ema_decay, scale, reduction, precision)
-    d = checks.factor(factor, [y.shape[-1], z.shape[-1] + bool(bias)], z)
+    d = checks.factor(factor, [y.shape[-1], coordinates(z.shape[-1], bias)], z)
     tokens = check_tokens(mask, weights, z, z.ndim - 1)
     if ema_decay == 1:
         return factor

@@ -16,6 +16,7 @@ from fisherkern.ops.covariance._common import (
     check_options,
     check_tokens,
     check_update,
+    coordinates,
     token_count,
 )
 from fisherkern.ops.covariance.symmetric import _mirror_op, _update_op, mirror_
@@ -136,7 +137,8 @@ def convolution_covariance_update_(
             f"x of shape {list(z.shape)}"
         )
     check_options(ema_decay, scale, reduction, precision)
-    width = channels // groups * math.prod(kernel) + bool(bias)
+    inner = channels // groups * math.prod(kernel)
+    width = coordinates(inner, bias)
     a = checks.factor(factor, [*([groups] if groups > 1 else []), width, width], z)
     tokens = check_tokens(mask, weights, z, 1)
     if not torch.compiler.is_compiling():  # its addresses are known in the op alone, for x
@@ -156,7 +158,7 @@ def convolution_covariance_update_(
         patches = _patches(functional.pad(z[chosen], edges), kernel, steps, spread)
         for row in range(0, positions[0], rows):
             part = patches[:, row : row + rows]
-            part = part.reshape(*part.shape[: 1 + dims], groups, width - bool(bias))
+            part = part.reshape(*part.shape[: 1 + dims], groups, inner)
             over = part.shape[: 1 + dims]
             per_patch = [
                 None if t is None else t[chosen].view(-1, *(1,) * dims).expand(over).contiguous()

@@ -18,6 +18,7 @@ from fisherkern.ops.covariance._common import (
     check_options,
     check_tokens,
     check_update,
+    coordinates,
     new_factor,
     token_count,
 )
@@ -167,7 +168,7 @@ def covariance_update_(
     heads = isinstance(factor, Tensor) and factor.ndim == 3
     z = checks.activations("x", x, 2 if heads else 1).detach()
     check_options(ema_decay, scale, reduction, precision)
-    width = z.shape[-1] + bool(bias)
+    width = coordinates(z.shape[-1], bias)
     a = checks.factor(factor, [*z.shape[-2:-1], width, width] if heads else [width, width], z)
     lead = z.ndim - 1 - heads
     tokens = check_tokens(mask, weights, z, lead)
@@ -218,7 +219,7 @@ def covariance(
             [14., 20.]])
     """
     z = checks.activations("x", x, 2 if heads else 1)
-    width = z.shape[-1] + bool(bias)
+    width = coordinates(z.shape[-1], bias)
     return covariance_update_(
         new_factor(z, *(z.shape[-2:-1] if heads else ()), width, width),
         z,
