@@ -78,6 +78,11 @@ class Follower:
             ],
         )
 
+    @property
+    def trains(self) -> bool:
+        """Whether any of the layers requires grad now."""
+        return any(kept.layer.trained for kept in self._capture.layers.values())
+
     def remove(self) -> None:
         """Take the hooks off."""
         self.close()
@@ -99,8 +104,7 @@ class Follower:
         if not torch.is_grad_enabled():
             return  # the backward pass of the batch that is open may be still to come
         self.close()
-        trained = any(kept.layer.trained for kept in self._capture.layers.values())
-        if not (self.due and model.training and trained):
+        if not (self.due and model.training and self.trains):
             return
         options: dict[str, Any] = {}
         if self._capture.fisher_type == "empirical":  # how many terms, the logits will tell

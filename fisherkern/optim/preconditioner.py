@@ -16,6 +16,7 @@ from fisherkern.curvature import Capture, EigenCurvature, LayerCurvature
 from fisherkern.curvature._finite import all_finite
 from fisherkern.curvature._models import Arguments, inside
 from fisherkern.curvature._receiver import WITHOUT_GRADIENTS
+from fisherkern.curvature.recognition import FROZEN
 from fisherkern.optim._follow import Follower
 from fisherkern.optim._inverse import INVERSES
 from fisherkern.optim._layers import (
@@ -184,7 +185,7 @@ class KFACPreconditioner:
 
     def _tell(self) -> None:
         """Say what users would not know of the first step."""
-        if self._told:
+        if self._told or not self._follower.trains:
             return
         self._told, said = True, ""
         if not self.capture.called:
@@ -332,7 +333,7 @@ class KFACPreconditioner:
             if id(p) in parts:
                 left.setdefault(name, "other parameters of its layer are in no group")
             elif nothing:
-                left.setdefault(name, _NOTHING)
+                left.setdefault(name, _NOTHING if p.requires_grad else FROZEN)
         return {
             name: left[name]
             for name, p in self.model.named_parameters()

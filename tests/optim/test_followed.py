@@ -104,6 +104,35 @@ def test_a_model_that_is_frozen_as_a_whole(fisher_type: str) -> None:
     assert not optimizer.fallback()
 
 
+class Scaled(Tokens):
+    """With a parameter that is in no layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(cases.V))
+
+    def forward(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return super().forward(tokens) * self.scale
+
+
+def test_layers_that_are_all_frozen_beside_what_is_trained() -> None:
+    """AdamW steps the rest, and nothing is said: there is no curvature to miss."""
+    model = filled(Scaled())
+    optimizer = KFAC(model, **OPTIONS)
+    model.requires_grad_(False)
+    model.scale.requires_grad_(True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cases.train(model, optimizer, range(2))
+    assert list(optimizer.state) == [model.scale]
+    reasons = optimizer.fallback()
+    assert reasons.pop("scale").startswith("no rule for modules of type Scaled")
+    assert set(reasons.values()) == {"frozen"}
+    model.requires_grad_(True)
+    cases.train(model, optimizer, range(2, 3))
+    assert list(optimizer.fallback()) == ["scale"]
+
+
 class Checkpointed(Tokens):
     """Whose middle is computed again, by re-entry; before it nothing is trained."""
 
